@@ -1,0 +1,76 @@
+"""The plain parts: linear maps, RMSNorm, and how precision is chosen.
+
+Parameters and the residual stream stay in float32; only matrix products run in `compute_dtype` (bfloat16 where the
+processor multiplies it faster, see `device.fast_dtype`). That is the CPU form of the published mixed-precision recipe
+(DeepSeek-V3 §3.3: low precision in the products, high precision in norms, gates and attention core). `Linear` asks for
+its dtype in one place, which is also where quantised weights enter.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LinearProduct(torch.autograd.Function):
+    """`x @ weight.T` with the product in a lower dtype and everything around it in the dtype of `x`.
+
+    Autocast would do the same through separate cast nodes; one node keeps the low-precision input (half the saved
+    bytes) and casts the weight once per direction.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, weight_FD: Tensor, dtype: torch.dtype) -> Tensor:
+        low_x_MD, low_weight_FD = x_MD.to(dtype), weight_FD.to(dtype)
+        ctx.save_for_backward(low_x_MD, low_weight_FD)
+        ctx.high_dtypes = (x_MD.dtype, weight_FD.dtype)
+        return torch.mm(low_x_MD, low_weight_FD.t()).to(x_MD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        low_x_MD, low_weight_FD = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.high_dtypes
+        grad_MF = grads[0].to(low_x_MD.dtype)
+        grad_x = torch.mm(grad_MF, low_weight_FD).to(x_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.mm(grad_MF.t(), low_x_MD).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+def linear_product(x: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`x @ weight.T` over the last dimension, the product taken in `dtype` (None: the dtype of `x`)."""
+    if dtype is None or (dtype == x.dtype and dtype == weight_FD.dtype):
+        return torch.nn.functional.linear(x, weight_FD.to(x.dtype))
+    flat_MD = x.reshape(-1, x.shape[-1])
+    product: Tensor = LinearProduct.apply(flat_MD, weight_FD, dtype)
+    return product.view(*x.shape[:-1], weight_FD.shape[0])
+
+
+class Linear(nn.Module):
+    """A bias-free linear map whose product runs in `compute_dtype`; `weight` is `[out, in]` as published."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.compute_dtype: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_product(x, self.weight, self.compute_dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last dimension, times a learnt gain."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let every matrix product of `model` run in `dtype`; None means the dtype of its input."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype  # type: ignore[assignment]

@@ -1,0 +1,129 @@
+"""Multi-head latent attention, in both forms (DeepSeek-V2 §2.1, DeepSeek-V3 §2.1.1).
+
+Keys and values are squeezed into one small latent `c` per token; only `c` and one rotary key shared by all heads are
+cached. The *expanded* form multiplies the latents up to ordinary keys and values: fewest operations, so training and
+prefill use it. The *absorbed* form moves the up-projections to the query and output side, so that decoding attends to
+the cached latents directly, as one key-value head of width `kv_lora_rank + qk_rope_head_dim`: fewest bytes. Both give
+the same numbers (`tests/model/test_mla.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from shoal.config import ModelConfig
+from shoal.model.latent_cache import LatentCache
+from shoal.model.layers import Linear, RMSNorm
+from shoal.model.rope import rotate_interleaved
+
+ABSORB_UP_TO_QUERIES = 4
+"""With more new positions than this per row, expanding the cached latents costs less than attending to them."""
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; parameters carry the published names."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        num_heads, hidden = config.num_attention_heads, config.hidden_size
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(hidden, num_heads * config.qk_head_dim)
+        else:
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = Linear(config.q_lora_rank, num_heads * config.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_b_proj = Linear(config.kv_lora_rank, num_heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(num_heads * config.v_head_dim, hidden)
+        yarn = config.rope_scaling
+        self.softmax_scale = config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation_BSP: Tensor,
+        position_BS: Tensor,
+        mask_BST: Tensor | None = None,
+        cache: LatentCache | None = None,
+    ) -> Tensor:
+        """Attend; without a cache to the sequence itself, with one to everything cached so far.
+
+        Args:
+            x_BSD: normed hidden states of the new positions.
+            rotation_BSP: complex rotations of these positions.
+            mask_BST: True where a query may look; None means causal.
+        """
+        query_BSHQ = self._queries(x_BSD, rotation_BSP)
+        entry_BSW = self._latents(x_BSD, rotation_BSP)
+        if cache is None:
+            return self._expanded(query_BSHQ, entry_BSW, mask_BST)
+        cached_BTW = cache.append(self.layer, entry_BSW, position_BS).to(x_BSD.dtype)
+        if x_BSD.shape[1] <= ABSORB_UP_TO_QUERIES:
+            return self._absorbed(query_BSHQ, cached_BTW, mask_BST)
+        return self._expanded(query_BSHQ, cached_BTW, mask_BST)
+
+    def _queries(self, x_BSD: Tensor, rotation_BSP: Tensor) -> Tensor:
+        """Queries `[B, S, H, N + R]`, the rotary part turned."""
+        config = self.config
+        flat = (
+            self.q_proj(x_BSD)
+            if config.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        )
+        query_BSHQ: Tensor = flat.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        plain_BSHN, rotary_BSHR = query_BSHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        return torch.cat([plain_BSHN, rotate_interleaved(rotary_BSHR, rotation_BSP)], dim=-1)
+
+    def _latents(self, x_BSD: Tensor, rotation_BSP: Tensor) -> Tensor:
+        """What the cache keeps: normed latent and rotated shared key, `[B, S, C + R]`."""
+        latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
+        )
+        key_BSR = rotate_interleaved(key_BSR.unsqueeze(2), rotation_BSP).squeeze(2)
+        return torch.cat([self.kv_a_layernorm(latent_BSC), key_BSR], dim=-1)
+
+    def _expanded(self, query_BSHQ: Tensor, cached_BTW: Tensor, mask_BST: Tensor | None) -> Tensor:
+        """Multiply the latents up to keys and values, then ordinary multi-head attention."""
+        config = self.config
+        latent_BTC, key_BTR = cached_BTW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        up_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
+        plain_BTHN, value_BTHU = up_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        rotary_BTHR = key_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
+        key_BTHQ = torch.cat([plain_BTHN, rotary_BTHR], dim=-1)
+        # The fused CPU kernel wants equal key and value widths; zeros in the value change nothing and are cut off.
+        value_BTHQ = pad(value_BTHU, (0, max(config.qk_head_dim - config.v_head_dim, 0)))
+        out_BHSQ = scaled_dot_product_attention(
+            query_BSHQ.transpose(1, 2),
+            key_BTHQ.transpose(1, 2),
+            value_BTHQ.transpose(1, 2),
+            attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
+            is_causal=mask_BST is None,
+            scale=self.softmax_scale,
+        )
+        mixed_BSHU = out_BHSQ[..., : config.v_head_dim].transpose(1, 2)
+        out: Tensor = self.o_proj(mixed_BSHU.flatten(2))
+        return out
+
+    def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, mask_BST: Tensor | None) -> Tensor:
+        """Attend to the latents themselves: the key up-projection goes into the query, the value one into the output."""
+        config = self.config
+        up_HXC = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank).to(query_BSHQ.dtype)
+        key_up_HNC, value_up_HUC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        plain_BSHN, rotary_BSHR = query_BSHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        lifted_BSHC = torch.einsum("bshn,hnc->bshc", plain_BSHN, key_up_HNC)
+        query_BSHW = torch.cat([lifted_BSHC, rotary_BSHR], dim=-1)
+        score_BSHT = torch.einsum("bshw,btw->bsht", query_BSHW, cached_BTW) * self.softmax_scale
+        if mask_BST is None:
+            mask_BST = _causal(score_BSHT)
+        weight_BSHT = score_BSHT.masked_fill(~mask_BST.unsqueeze(2), float("-inf")).softmax(dim=-1)
+        mixed_BSHC = torch.einsum("bsht,btc->bshc", weight_BSHT, cached_BTW[..., : config.kv_lora_rank])
+        out: Tensor = self.o_proj(torch.einsum("bshc,huc->bshu", mixed_BSHC, value_up_HUC).flatten(2))
+        return out
+
+
+def _causal(score_BSHT: Tensor) -> Tensor:
+    num_new, num_all = score_BSHT.shape[1], score_BSHT.shape[3]
+    mask_ST = torch.ones(num_new, num_all, dtype=torch.bool, device=score_BSHT.device).tril(num_all - num_new)
+    return mask_ST.unsqueeze(0)

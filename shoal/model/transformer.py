@@ -1,0 +1,156 @@
+"""The whole model: embedding, decoder layers, final norm, output head, multi-token prediction.
+
+`forward` returns hidden states, not logits: losses and samplers take the head in chunks or only where they need it, so
+the `[B, S, V]` array of logits never has to exist. The model knows nothing of engines, trainers or files.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import ModelConfig
+from shoal.model.experts import SwiGLU
+from shoal.model.gqa import GroupedQueryAttention
+from shoal.model.latent_cache import LatentCache
+from shoal.model.layers import Linear, RMSNorm
+from shoal.model.mla import LatentAttention
+from shoal.model.moe import MixtureOfExperts
+from shoal.model.mtp import PredictionModule
+from shoal.model.rope import rotation_table
+from shoal.model.router import Router, Routing
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = (LatentAttention if config.attention == "mla" else GroupedQueryAttention)(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(layer)
+        self.mlp = (
+            MixtureOfExperts(config, layer) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation_BSP: Tensor,
+        position_BS: Tensor,
+        mask_BST: Tensor | None,
+        cache: LatentCache | None,
+        routing: Routing | None,
+    ) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation_BSP, position_BS, mask_BST, cache)
+        normed_BSD = self.post_attention_layernorm(x_BSD)
+        return x_BSD + (self.mlp(normed_BSD, routing) if self.is_moe else self.mlp(normed_BSD))
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-family language model, or a baseline of the same shape, as `config` says."""
+
+    rotation_TP: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        depth = range(config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(
+            PredictionModule(config, DecoderLayer(config, config.num_hidden_layers + k)) for k in depth
+        )
+        rotary_dim = config.qk_rope_head_dim if config.attention == "mla" else config.gqa_head_dim
+        self.register_buffer("rotation_TP", rotation_table(config, rotary_dim), persistent=False)
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The output head, which is the embedding when they are tied."""
+        weight: Tensor = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight
+
+    def forward(
+        self,
+        token_BS: Tensor,
+        *,
+        position_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        cache: LatentCache | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """Normed hidden states `[B, S, D]` of the new tokens.
+
+        Args:
+            token_BS: token ids, int64.
+            position_BS: place of each token in its sequence; default 0, 1, 2, ....
+            document_BS: with packed rows, which document each token is part of: attention stays inside.
+            cache: entries of earlier positions; the new ones are appended.
+            routing: when given, is filled with every MoE layer's decisions.
+        """
+        if position_BS is None:
+            position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
+        mask_BST = document_mask(document_BS) if cache is None else cache.visible_mask_BST(position_BS)
+        rotation_BSP = self.rotation_TP[position_BS]
+        x_BSD = self.embed_tokens(token_BS)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, rotation_BSP, position_BS, mask_BST, cache, routing)
+        hidden: Tensor = self.norm(x_BSD)
+        return hidden
+
+    def predict_ahead(
+        self,
+        hidden_BSD: Tensor,
+        token_BS: Tensor,
+        *,
+        position_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        routing: Routing | None = None,
+    ) -> list[Tensor]:
+        """Head inputs of every MTP depth: element k at position i predicts token i + k + 2.
+
+        The last k + 1 positions of a row see wrapped-around embeddings; losses must mask them.
+        """
+        if position_BS is None:
+            position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
+        mask_BST, rotation_BSP = document_mask(document_BS), self.rotation_TP[position_BS]
+        heads = []
+        for depth, module in enumerate(self.mtp, start=1):
+            ahead_BSD = self.embed_tokens(token_BS.roll(-depth, dims=1))
+            hidden_BSD, head_BSD = module(hidden_BSD, ahead_BSD, rotation_BSP, position_BS, mask_BST, routing)
+            heads.append(head_BSD)
+        return heads
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every vocabulary entry, for hidden states of any leading shape."""
+        if self.lm_head is None:
+            return torch.nn.functional.linear(hidden, self.embed_tokens.weight)
+        scores: Tensor = self.lm_head(hidden)
+        return scores
+
+
+def document_mask(document_BS: Tensor | None) -> Tensor | None:
+    """True where key and query share a document and the key is not later; None where plain causal attention does.
+
+    Padding (negative document) sees other padding, so that no row of the softmax is empty.
+    """
+    if document_BS is None or bool((document_BS == document_BS[:, :1]).all()):
+        return None
+    same_BST = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
+    return same_BST.tril()
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Normal weights with `initializer_range`, unit norms, zero biases; the same for the same seed on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            parameter.copy_(values)
+    for module in model.modules():
+        if isinstance(module, Router) and module.config.topk_method == "noaux_tc":
+            module.e_score_correction_bias.zero_()
