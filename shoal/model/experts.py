@@ -57,8 +57,7 @@ class Experts(nn.Module):
             out_PD = grouped_swiglu_cuda(slot_PD, self.gate_up_proj, self.down_proj, layout.end_E)
         else:
             out_PD = GroupedSwiGLU.apply(slot_PD, self.gate_up_proj, self.down_proj, layout.groups, dtype)
-        mixed: Tensor = Combine.apply(out_PD, weight_MK, layout, x_MD.dtype)
-        return mixed
+        return Combine.apply(out_PD, weight_MK, layout, x_MD.dtype)
 
 
 class SlotLayout:

@@ -50,5 +50,4 @@ class GroupedQueryAttention(nn.Module):
             is_causal=mask_BST is None,
             enable_gqa=self.config.kv_heads != self.config.num_attention_heads,
         )
-        out: Tensor = self.o_proj(out_BHSQ.transpose(1, 2).flatten(2))
-        return out
+        return self.o_proj(out_BHSQ.transpose(1, 2).flatten(2))

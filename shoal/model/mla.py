@@ -103,8 +103,7 @@ class LatentAttention(nn.Module):
             scale=self.softmax_scale,
         )
         mixed_BSHU = out_BHSQ[..., : config.v_head_dim].transpose(1, 2)
-        out: Tensor = self.o_proj(mixed_BSHU.flatten(2))
-        return out
+        return self.o_proj(mixed_BSHU.flatten(2))
 
     def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, mask_BST: Tensor | None) -> Tensor:
         """Attend to the latents themselves: the key up-projection goes into the query, the value one into the output."""
@@ -119,8 +118,7 @@ class LatentAttention(nn.Module):
             mask_BST = _causal(score_BSHT)
         weight_BSHT = score_BSHT.masked_fill(~mask_BST.unsqueeze(2), float("-inf")).softmax(dim=-1)
         mixed_BSHC = torch.einsum("bsht,btc->bshc", weight_BSHT, cached_BTW[..., : config.kv_lora_rank])
-        out: Tensor = self.o_proj(torch.einsum("bshc,huc->bshu", mixed_BSHC, value_up_HUC).flatten(2))
-        return out
+        return self.o_proj(torch.einsum("bshc,huc->bshu", mixed_BSHC, value_up_HUC).flatten(2))
 
 
 def _causal(score_BSHT: Tensor) -> Tensor:

@@ -23,5 +23,4 @@ class MixtureOfExperts(nn.Module):
         out_MD = self.experts(x_MD, weight_MK, expert_MK)
         if self.shared_experts is not None:
             out_MD = out_MD + self.shared_experts(x_MD)
-        out: Tensor = out_MD.view_as(x_BSD)
-        return out
+        return out_MD.view_as(x_BSD)

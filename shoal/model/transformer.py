@@ -68,8 +68,7 @@ class Transformer(nn.Module):
     @property
     def head_weight_VD(self) -> Tensor:
         """The output head, which is the embedding when they are tied."""
-        weight: Tensor = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return weight
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
         self,
@@ -96,8 +95,7 @@ class Transformer(nn.Module):
         x_BSD = self.embed_tokens(token_BS)
         for layer in self.layers:
             x_BSD = layer(x_BSD, rotation_BSP, position_BS, mask_BST, cache, routing)
-        hidden: Tensor = self.norm(x_BSD)
-        return hidden
+        return self.norm(x_BSD)
 
     def predict_ahead(
         self,
@@ -126,8 +124,7 @@ class Transformer(nn.Module):
         """Scores of every vocabulary entry, for hidden states of any leading shape."""
         if self.lm_head is None:
             return torch.nn.functional.linear(hidden, self.embed_tokens.weight)
-        scores: Tensor = self.lm_head(hidden)
-        return scores
+        return self.lm_head(hidden)
 
 
 def document_mask(document_BS: Tensor | None) -> Tensor | None:
