@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from shoal.config import ModelConfig
+from shoal.kernels.dispatch import swiglu_backward, swiglu_forward
 from shoal.model.layers import Linear
 
 ROW_PADDING = 32
@@ -154,8 +155,7 @@ class GroupedSwiGLU(torch.autograd.Function):
         for expert, (start, stop) in enumerate(groups):
             if stop > start:
                 torch.mm(x_PD[start:stop], low_gate_up[expert].t(), out=gate_up_PX[start:stop])
-        gate_PF, up_PF = gate_up_PX.chunk(2, dim=-1)
-        act_PF = silu(gate_PF).mul_(up_PF)
+        act_PF = swiglu_forward(gate_up_PX)
         out_PD = torch.empty_like(x_PD)
         for expert, (start, stop) in enumerate(groups):
             if stop > start:
@@ -168,25 +168,19 @@ class GroupedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_PD, gate_up_PX, gate_up_EXD, down_EDF = ctx.saved_tensors
         grad_PD = grads[0].contiguous()
-        gate_PF, up_PF = gate_up_PX.chunk(2, dim=-1)
-        silu_PF = silu(gate_PF)
-        act_PF = silu_PF * up_PF
-        grad_act_PF = torch.empty_like(act_PF)
-        grad_down = torch.zeros_like(down_EDF)
+        grad_act_PF = gate_up_PX.new_empty(len(x_PD), down_EDF.shape[2])
         for expert, (start, stop) in enumerate(ctx.groups):
             if stop > start:
                 torch.mm(grad_PD[start:stop], down_EDF[expert], out=grad_act_PF[start:stop])
-                torch.mm(grad_PD[start:stop].t(), act_PF[start:stop], out=grad_down[expert])
-        grad_gate_up_PX = torch.empty_like(gate_up_PX)
-        grad_gate_PF, grad_up_PF = grad_gate_up_PX.chunk(2, dim=-1)
-        torch.mul(grad_act_PF, silu_PF, out=grad_up_PF)
-        grad_gate_PF.copy_(torch.ops.aten.silu_backward(grad_act_PF.mul_(up_PF), gate_PF))
+        grad_gate_up_PX, act_PF = swiglu_backward(grad_act_PF, gate_up_PX)
+        grad_down = torch.zeros_like(down_EDF)
         grad_x_PD = torch.empty_like(x_PD)
         grad_gate_up = torch.zeros_like(gate_up_EXD)
         for expert, (start, stop) in enumerate(ctx.groups):
             if stop > start:
                 torch.mm(grad_gate_up_PX[start:stop], gate_up_EXD[expert], out=grad_x_PD[start:stop])
                 torch.mm(grad_gate_up_PX[start:stop].t(), x_PD[start:stop], out=grad_gate_up[expert])
+                torch.mm(grad_PD[start:stop].t(), act_PF[start:stop], out=grad_down[expert])
         dtypes = ctx.weight_dtypes
         return grad_x_PD, grad_gate_up.to(dtypes[0]), grad_down.to(dtypes[1]), None, None
 

@@ -6,12 +6,13 @@ pairs are halves, as in the Llama family, so that a dense model saved from here 
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from shoal.config import ModelConfig
+from shoal.model.attention import attend
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import Linear
 from shoal.model.rope import rotate_halves
+from shoal.model.visibility import Visibility
 
 
 class GroupedQueryAttention(nn.Module):
@@ -31,7 +32,7 @@ class GroupedQueryAttention(nn.Module):
         x_BSD: Tensor,
         rotation_BSP: Tensor,
         position_BS: Tensor,
-        mask_BST: Tensor | None = None,
+        visibility: Visibility,
         cache: LatentCache | None = None,
     ) -> Tensor:
         """Attend; arguments as in `mla.LatentAttention.forward`."""
@@ -42,12 +43,8 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             entry_BSW = cache.append(self.layer, entry_BSW, position_BS).to(x_BSD.dtype)
         key_BTW, value_BTW = entry_BSW.chunk(2, dim=-1)
-        out_BHSQ = scaled_dot_product_attention(
-            query_BSHQ.transpose(1, 2),
-            key_BTW.unflatten(-1, (-1, width)).transpose(1, 2),
-            value_BTW.unflatten(-1, (-1, width)).transpose(1, 2),
-            attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
-            is_causal=mask_BST is None,
-            enable_gqa=self.config.kv_heads != self.config.num_attention_heads,
-        )
-        return self.o_proj(out_BHSQ.transpose(1, 2).flatten(2))
+        shared = self.config.num_attention_heads // self.config.kv_heads
+        key_BTHQ = key_BTW.unflatten(-1, (-1, width)).repeat_interleave(shared, dim=2)
+        value_BTHQ = value_BTW.unflatten(-1, (-1, width)).repeat_interleave(shared, dim=2)
+        mixed_BSHQ = attend(query_BSHQ, key_BTHQ, value_BTHQ, visibility, width**-0.5)
+        return self.o_proj(mixed_BSHQ.flatten(2))

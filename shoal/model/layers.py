@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.kernels.dispatch import rms_norm
+
 
 class LinearProduct(torch.autograd.Function):
     """`x @ weight.T` with the product in a lower dtype and everything around it in the dtype of `x`.
@@ -66,7 +68,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:

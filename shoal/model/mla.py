@@ -9,12 +9,13 @@ the same numbers (`tests/model/test_mla.py`).
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 
 from shoal.config import ModelConfig
+from shoal.model.attention import attend
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.rope import rotate_interleaved
+from shoal.model.visibility import Visibility
 
 ABSORB_UP_TO_QUERIES = 4
 """With more new positions than this per row, expanding the cached latents costs less than attending to them."""
@@ -45,7 +46,7 @@ class LatentAttention(nn.Module):
         x_BSD: Tensor,
         rotation_BSP: Tensor,
         position_BS: Tensor,
-        mask_BST: Tensor | None = None,
+        visibility: Visibility,
         cache: LatentCache | None = None,
     ) -> Tensor:
         """Attend; without a cache to the sequence itself, with one to everything cached so far.
@@ -53,16 +54,16 @@ class LatentAttention(nn.Module):
         Args:
             x_BSD: normed hidden states of the new positions.
             rotation_BSP: complex rotations of these positions.
-            mask_BST: True where a query may look; None means causal.
+            visibility: what each new position may look at.
         """
         query_BSHQ = self._queries(x_BSD, rotation_BSP)
         entry_BSW = self._latents(x_BSD, rotation_BSP)
         if cache is None:
-            return self._expanded(query_BSHQ, entry_BSW, mask_BST)
+            return self._expanded(query_BSHQ, entry_BSW, visibility)
         cached_BTW = cache.append(self.layer, entry_BSW, position_BS).to(x_BSD.dtype)
         if x_BSD.shape[1] <= ABSORB_UP_TO_QUERIES:
-            return self._absorbed(query_BSHQ, cached_BTW, mask_BST)
-        return self._expanded(query_BSHQ, cached_BTW, mask_BST)
+            return self._absorbed(query_BSHQ, cached_BTW, visibility)
+        return self._expanded(query_BSHQ, cached_BTW, visibility)
 
     def _queries(self, x_BSD: Tensor, rotation_BSP: Tensor) -> Tensor:
         """Queries `[B, S, H, N + R]`, the rotary part turned."""
@@ -84,7 +85,7 @@ class LatentAttention(nn.Module):
         key_BSR = rotate_interleaved(key_BSR.unsqueeze(2), rotation_BSP).squeeze(2)
         return torch.cat([self.kv_a_layernorm(latent_BSC), key_BSR], dim=-1)
 
-    def _expanded(self, query_BSHQ: Tensor, cached_BTW: Tensor, mask_BST: Tensor | None) -> Tensor:
+    def _expanded(self, query_BSHQ: Tensor, cached_BTW: Tensor, visibility: Visibility) -> Tensor:
         """Multiply the latents up to keys and values, then ordinary multi-head attention."""
         config = self.config
         latent_BTC, key_BTR = cached_BTW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
@@ -92,20 +93,10 @@ class LatentAttention(nn.Module):
         plain_BTHN, value_BTHU = up_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         rotary_BTHR = key_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         key_BTHQ = torch.cat([plain_BTHN, rotary_BTHR], dim=-1)
-        # The fused CPU kernel wants equal key and value widths; zeros in the value change nothing and are cut off.
-        value_BTHQ = pad(value_BTHU, (0, max(config.qk_head_dim - config.v_head_dim, 0)))
-        out_BHSQ = scaled_dot_product_attention(
-            query_BSHQ.transpose(1, 2),
-            key_BTHQ.transpose(1, 2),
-            value_BTHQ.transpose(1, 2),
-            attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
-            is_causal=mask_BST is None,
-            scale=self.softmax_scale,
-        )
-        mixed_BSHU = out_BHSQ[..., : config.v_head_dim].transpose(1, 2)
+        mixed_BSHU = attend(query_BSHQ, key_BTHQ, value_BTHU, visibility, self.softmax_scale)
         return self.o_proj(mixed_BSHU.flatten(2))
 
-    def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, mask_BST: Tensor | None) -> Tensor:
+    def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, visibility: Visibility) -> Tensor:
         """Attend to the latents themselves: the key up-projection goes into the query, the value one into the output."""
         config = self.config
         up_HXC = self.kv_b_proj.weight.view(config.num_attention_heads, -1, config.kv_lora_rank).to(query_BSHQ.dtype)
@@ -114,14 +105,11 @@ class LatentAttention(nn.Module):
         lifted_BSHC = torch.einsum("bshn,hnc->bshc", plain_BSHN, key_up_HNC)
         query_BSHW = torch.cat([lifted_BSHC, rotary_BSHR], dim=-1)
         score_BSHT = torch.einsum("bshw,btw->bsht", query_BSHW, cached_BTW) * self.softmax_scale
+        mask_BST = visibility.mask_BST
         if mask_BST is None:
-            mask_BST = _causal(score_BSHT)
+            mask_BST = torch.ones(
+                score_BSHT.shape[1], score_BSHT.shape[3], dtype=torch.bool, device=score_BSHT.device
+            ).tril()[None]
         weight_BSHT = score_BSHT.masked_fill(~mask_BST.unsqueeze(2), float("-inf")).softmax(dim=-1)
         mixed_BSHC = torch.einsum("bsht,btc->bshc", weight_BSHT, cached_BTW[..., : config.kv_lora_rank])
         return self.o_proj(torch.einsum("bshc,huc->bshu", mixed_BSHC, value_up_HUC).flatten(2))
-
-
-def _causal(score_BSHT: Tensor) -> Tensor:
-    num_new, num_all = score_BSHT.shape[1], score_BSHT.shape[3]
-    mask_ST = torch.ones(num_new, num_all, dtype=torch.bool, device=score_BSHT.device).tril(num_all - num_new)
-    return mask_ST.unsqueeze(0)

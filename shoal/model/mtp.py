@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoal.config import ModelConfig
 from shoal.model.layers import Linear, RMSNorm
 from shoal.model.router import Routing
+from shoal.model.visibility import Visibility
 
 
 class PredictionModule(nn.Module):
@@ -33,7 +34,7 @@ class PredictionModule(nn.Module):
         embedded_BSD: Tensor,
         rotation_BSP: Tensor,
         position_BS: Tensor,
-        mask_BST: Tensor | None,
+        visibility: Visibility,
         routing: Routing | None,
     ) -> tuple[Tensor, Tensor]:
         """Combine hidden state i with the embedding of token i + k.
@@ -42,5 +43,5 @@ class PredictionModule(nn.Module):
             the hidden states that the next depth takes, and their normed form for the output head.
         """
         joined_BSD = self.eh_proj(torch.cat([self.enorm(embedded_BSD), self.hnorm(hidden_BSD)], dim=-1))
-        out_BSD = self.block(joined_BSD, rotation_BSP, position_BS, mask_BST, None, routing)
+        out_BSD = self.block(joined_BSD, rotation_BSP, position_BS, visibility, None, routing)
         return out_BSD, self.shared_head_norm(out_BSD)

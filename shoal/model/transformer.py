@@ -17,6 +17,7 @@ from shoal.model.moe import MixtureOfExperts
 from shoal.model.mtp import PredictionModule
 from shoal.model.rope import rotation_table
 from shoal.model.router import Router, Routing
+from shoal.model.visibility import Visibility, visibility_of
 
 
 class DecoderLayer(nn.Module):
@@ -37,11 +38,11 @@ class DecoderLayer(nn.Module):
         x_BSD: Tensor,
         rotation_BSP: Tensor,
         position_BS: Tensor,
-        mask_BST: Tensor | None,
+        visibility: Visibility,
         cache: LatentCache | None,
         routing: Routing | None,
     ) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation_BSP, position_BS, mask_BST, cache)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), rotation_BSP, position_BS, visibility, cache)
         normed_BSD = self.post_attention_layernorm(x_BSD)
         return x_BSD + (self.mlp(normed_BSD, routing) if self.is_moe else self.mlp(normed_BSD))
 
@@ -90,11 +91,11 @@ class Transformer(nn.Module):
         """
         if position_BS is None:
             position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
-        mask_BST = document_mask(document_BS) if cache is None else cache.visible_mask_BST(position_BS)
+        visibility = visibility_of(token_BS, document_BS, position_BS, cache)
         rotation_BSP = self.rotation_TP[position_BS]
         x_BSD = self.embed_tokens(token_BS)
         for layer in self.layers:
-            x_BSD = layer(x_BSD, rotation_BSP, position_BS, mask_BST, cache, routing)
+            x_BSD = layer(x_BSD, rotation_BSP, position_BS, visibility, cache, routing)
         return self.norm(x_BSD)
 
     def predict_ahead(
@@ -112,11 +113,12 @@ class Transformer(nn.Module):
         """
         if position_BS is None:
             position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
-        mask_BST, rotation_BSP = document_mask(document_BS), self.rotation_TP[position_BS]
+        visibility = visibility_of(token_BS, document_BS, position_BS, None)
+        rotation_BSP = self.rotation_TP[position_BS]
         heads = []
         for depth, module in enumerate(self.mtp, start=1):
             ahead_BSD = self.embed_tokens(token_BS.roll(-depth, dims=1))
-            hidden_BSD, head_BSD = module(hidden_BSD, ahead_BSD, rotation_BSP, position_BS, mask_BST, routing)
+            hidden_BSD, head_BSD = module(hidden_BSD, ahead_BSD, rotation_BSP, position_BS, visibility, routing)
             heads.append(head_BSD)
         return heads
 
@@ -125,17 +127,6 @@ class Transformer(nn.Module):
         if self.lm_head is None:
             return torch.nn.functional.linear(hidden, self.embed_tokens.weight)
         return self.lm_head(hidden)
-
-
-def document_mask(document_BS: Tensor | None) -> Tensor | None:
-    """True where key and query share a document and the key is not later; None where plain causal attention does.
-
-    Padding (negative document) sees other padding, so that no row of the softmax is empty.
-    """
-    if document_BS is None or bool((document_BS == document_BS[:, :1]).all()):
-        return None
-    same_BST = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
-    return same_BST.tril()
 
 
 @torch.no_grad()

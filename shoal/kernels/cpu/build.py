@@ -1,0 +1,93 @@
+"""Compile the C++ kernels for this machine, once, and load them.
+
+The library is built with the machine's own compiler and instruction set (a second or two), kept in the user's cache under
+a name that is the hash of everything that went in, and loaded through ctypes. With no compiler, or when the build fails,
+the PyTorch reference does the work and one line says why. `SHOAL_KERNELS=off` forces that.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from shoal.device import describe_machine
+from shoal.log import say
+
+ABI_VERSION = 1
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, denormals stay.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+)
+BUILD_TIMEOUT_S = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, built if need be; None where they cannot be had (said once)."""
+    if os.environ.get("SHOAL_KERNELS", "").lower() == "off":
+        return None
+    try:
+        return _load(build())
+    except (OSError, subprocess.SubprocessError) as error:
+        say(f"cpu kernels unavailable, PyTorch does their work (slower): {_reason(error)}")
+        return None
+
+
+def build() -> Path:
+    """Path of the compiled library, compiling when no cached one matches source, flags, compiler and processor.
+
+    Raises:
+        OSError, subprocess.SubprocessError: no compiler, or it failed.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
+    identity = (SOURCE.read_text(encoding="utf-8"), FLAGS, compiler, platform.machine(), describe_machine())
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    target = cache_dir() / f"kernels-{digest}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        output = Path(scratch) / target.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+        output.replace(target)
+    return target
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shoal"
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    found = loaded.shoal_abi_version()
+    if found != ABI_VERSION:
+        raise OSError(f"{path.name} has interface {found}, this version needs {ABI_VERSION}; delete it")
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = (error.stderr or "").strip().splitlines()
+        return f"the compiler failed: {lines[0] if lines else error}"
+    return str(error)

@@ -1,0 +1,139 @@
+"""One name per operation; behind it the fastest kernel that fits the tensors, else the reference.
+
+A kernel fits when the tensors are float32 (SwiGLU: also bfloat16) on the CPU and the library could be built. Callers see
+ordinary differentiable functions. Every pair is compared in `tests/kernels/test_dispatch.py`.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.kernels import reference
+from shoal.kernels.cpu.build import library
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Divide by the root mean square over the last dimension, times `weight_D`; any leading shape."""
+    if _fits(x, weight_D):
+        return _RMSNorm.apply(x, weight_D, eps)
+    return reference.rms_norm(x, weight_D, eps)
+
+
+def swiglu_forward(gate_up_PX: Tensor) -> Tensor:
+    """`silu(gate) * up`, `[P, 2F]` to `[P, F]`; not differentiable, see `swiglu_backward`."""
+    if not _fits(gate_up_PX, dtypes=(torch.float32, torch.bfloat16)):
+        return reference.swiglu(gate_up_PX)
+    rows, double = gate_up_PX.shape
+    act_PF = gate_up_PX.new_empty(rows, double // 2)
+    _kernel("swiglu_forward", gate_up_PX.dtype)(_at(gate_up_PX), _at(act_PF), _int(rows), _int(double // 2))
+    return act_PF
+
+
+def swiglu_backward(grad_act_PF: Tensor, gate_up_PX: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to `gate_up_PX`, and the activation recomputed on the way."""
+    if not _fits(grad_act_PF, gate_up_PX, dtypes=(torch.float32, torch.bfloat16)):
+        gate_PF, up_PF = gate_up_PX.chunk(2, dim=-1)
+        silu_PF = torch.nn.functional.silu(gate_PF)
+        grad_gate_PF = torch.ops.aten.silu_backward(grad_act_PF * up_PF, gate_PF)
+        return torch.cat([grad_gate_PF, grad_act_PF * silu_PF], dim=-1), silu_PF * up_PF
+    rows, width = grad_act_PF.shape
+    grad_gate_up_PX, act_PF = torch.empty_like(gate_up_PX), torch.empty_like(grad_act_PF)
+    kernel = _kernel("swiglu_backward", gate_up_PX.dtype)
+    kernel(_at(grad_act_PF), _at(gate_up_PX), _at(grad_gate_up_PX), _at(act_PF), _int(rows), _int(width))
+    return grad_gate_up_PX, act_PF
+
+
+def document_attention(
+    query_BSHQ: Tensor, key_BSHQ: Tensor, value_BSHU: Tensor, first_BS: Tensor, scale: float
+) -> Tensor | None:
+    """Attention of each position to positions `first_BS` up to itself; None when no kernel fits (use fused attention).
+
+    Args:
+        first_BS: int64, `0 <= first_BS[b, s] <= s`: where the document of position s begins in its row.
+    Returns:
+        `[B, S, H, U]`.
+    """
+    if not _fits(query_BSHQ, key_BSHQ) or value_BSHU.dtype != torch.float32:
+        return None
+    out: Tensor = _DocumentAttention.apply(query_BSHQ, key_BSHQ, value_BSHU, first_BS, scale)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        rows = x.numel() // max(width, 1)
+        inverse_rms = x.new_empty(rows)
+        _kernel("rms_norm_forward")(
+            _at(x), _at(weight_D), _at(out), _at(inverse_rms), _int(rows), _int(width), ctypes.c_float(eps)
+        )
+        ctx.save_for_backward(x, weight_D, inverse_rms)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, inverse_rms = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight_D)
+        arrays = (grad, x, weight_D, inverse_rms, grad_x, grad_weight)
+        _kernel("rms_norm_backward")(*(_at(array) for array in arrays), _int(len(inverse_rms)), _int(x.shape[-1]))
+        return grad_x, grad_weight, None
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, first_BS: Tensor, scale: float) -> Tensor:
+        batch, length, heads, qk_width = query.shape
+        v_width = value.shape[-1]
+        value, step = _evenly_spaced_heads(value)
+        first_BS = first_BS.contiguous()
+        out = query.new_empty(batch, length, heads, v_width)
+        log_sum = query.new_empty(batch, heads, length)
+        sizes = [_int(size) for size in (batch, length, heads, qk_width, v_width, step)]
+        arrays = (query, key, value, first_BS, out, log_sum)
+        _kernel("document_attention_forward")(*(_at(array) for array in arrays), *sizes, ctypes.c_float(scale))
+        ctx.save_for_backward(query, key, value, first_BS, out, log_sum)
+        ctx.sizes, ctx.scale = sizes, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, first_BS, out, log_sum = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(out)
+        arrays = (grads[0].contiguous(), query, key, value, first_BS, out, log_sum, grad_query, grad_key, grad_value)
+        _kernel("document_attention_backward")(*(_at(array) for array in arrays), *ctx.sizes, ctypes.c_float(ctx.scale))
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _evenly_spaced_heads(value_BSHU: Tensor) -> tuple[Tensor, int]:
+    """The tensor itself when it is a slice `[..., a:b]` of a contiguous one, else a contiguous copy; and the head step."""
+    _, length, heads, _ = value_BSHU.shape
+    step = value_BSHU.stride(2)
+    if value_BSHU.stride() == (length * heads * step, heads * step, step, 1):
+        return value_BSHU, step
+    return value_BSHU.contiguous(), value_BSHU.shape[-1]
+
+
+def _fits(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    dtype = tensors[0].dtype
+    return (
+        dtype in dtypes
+        and all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and library() is not None
+    )
+
+
+def _kernel(name: str, dtype: torch.dtype | None = None) -> Any:
+    suffix = {None: "", torch.float32: "_f32", torch.bfloat16: "_bf16"}[dtype]
+    return getattr(library(), name + suffix)
+
+
+def _at(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_int = ctypes.c_int64
