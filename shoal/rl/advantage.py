@@ -1,0 +1,76 @@
+"""How much better than its own group an answer was: the baseline that replaces the critic.
+
+GRPO (DeepSeekMath §4.1) samples several answers to one question and takes the group's mean reward as the baseline and
+its standard deviation as the scale. Dr. GRPO (arXiv 2503.20783) leaves the scale out, because it weights questions by
+how rarely they are answered; RLOO compares each answer with the mean of the *others*. All three give zero to a group
+whose answers scored alike: such a group teaches nothing, and `informative_fraction` says how many are left.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shoal.errors import TaskError
+
+
+def group_advantages(
+    reward_M: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std", eps: float = 1e-4
+) -> Tensor:
+    """`(reward - group mean) / (group standard deviation + eps)`, or without the division.
+
+    Args:
+        reward_M: one reward per answer; the answers to one question stand next to each other.
+        scale: "std" (GRPO; Bessel-corrected, as the open frameworks do) or "none" (Dr. GRPO).
+    Returns:
+        float32 or float64 `[M]`; exactly zero in groups whose rewards are all equal.
+    Raises:
+        TaskError: the groups do not come out even, or a reward is not finite.
+    """
+    reward_PO = _grouped(reward_M, group_size)
+    centred_PO = reward_PO - reward_PO.mean(dim=1, keepdim=True)
+    if scale == "std":
+        if group_size > 1:
+            centred_PO = centred_PO / (reward_PO.std(dim=1, keepdim=True) + eps)
+    elif scale != "none":
+        raise TaskError(f"advantage scale {scale!r} is unknown; use 'std' or 'none'.")
+    return _silence_equal_groups(centred_PO, reward_PO).flatten()
+
+
+def rloo_advantages(reward_M: Tensor, group_size: int) -> Tensor:
+    """Reward minus the mean of the group's other rewards (leave-one-out); arguments as in `group_advantages`."""
+    reward_PO = _grouped(reward_M, group_size)
+    if group_size < 2:
+        raise TaskError(f"group_size={group_size} has no other answers to compare with; leave-one-out needs 2 or more.")
+    others_PO = (reward_PO.sum(dim=1, keepdim=True) - reward_PO) / (group_size - 1)
+    return _silence_equal_groups(reward_PO - others_PO, reward_PO).flatten()
+
+
+def informative_fraction(reward_M: Tensor, group_size: int) -> float:
+    """Share of the groups whose rewards differ: the questions that still teach something."""
+    reward_PO = _grouped(reward_M, group_size)
+    return float(_differs(reward_PO).double().mean())
+
+
+def _grouped(reward_M: Tensor, group_size: int) -> Tensor:
+    if reward_M.ndim != 1 or group_size < 1 or len(reward_M) == 0 or len(reward_M) % group_size:
+        raise TaskError(
+            f"rewards of shape {list(reward_M.shape)} do not split into groups of group_size={group_size}; "
+            "pass one reward per answer, all answers of a question together."
+        )
+    if not reward_M.is_floating_point():
+        reward_M = reward_M.float()
+    broken = torch.nonzero(~torch.isfinite(reward_M))
+    if len(broken):
+        place = int(broken[0])
+        raise TaskError(f"reward {float(reward_M[place])} of answer {place} is not a finite number; fix the reward.")
+    return reward_M.view(-1, group_size)
+
+
+def _differs(reward_PO: Tensor) -> Tensor:
+    return reward_PO.amax(dim=1) > reward_PO.amin(dim=1)
+
+
+def _silence_equal_groups(advantage_PO: Tensor, reward_PO: Tensor) -> Tensor:
+    # A mean of equal floats may miss them by an ulp; divided by eps that would pass for a signal.
+    return torch.where(_differs(reward_PO).unsqueeze(1), advantage_PO, torch.zeros_like(advantage_PO))
