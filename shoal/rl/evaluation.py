@@ -1,0 +1,107 @@
+"""What a model can do on held-out problems: pass@k, length, and by which way of answering.
+
+An answer either shows its work (something stands in the think block) or gives the result directly. Keeping the two apart
+is what tells elicitation from improvement: a gain in pass@1 is split into choosing to work more often and working better
+(`split_gain`). The same numbers on the base are the gate before reinforcement learning: unless working beats answering
+directly, reward will teach the model to stop working.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shoal.engine.engine import Engine
+from shoal.rl.grpo import shows_work
+from shoal.rl.pass_at_k import clustered_interval, pass_at_k
+from shoal.rl.rewards import accuracy_reward
+from shoal.rl.rollout import Prompter, sample_rollouts
+from shoal.rl.tasks.task import Problem
+
+SAMPLES_PER_PASS = 1024
+"""Answers in flight at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkillReport:
+    """Sampled accuracy on held-out problems."""
+
+    pass_at: dict[str, float]
+    """Unbiased pass@k for k = 1, 2, 4, ... up to the samples per problem."""
+    pass_at_1_interval: tuple[float, float]
+    """95 % interval, problems as clusters."""
+    response_tokens: float
+    worked_fraction: float
+    accuracy_worked: float | None
+    accuracy_direct: float | None
+    truncated: float
+    problems: int
+    samples_per_problem: int
+    examples: list[str]
+    """The first sample of the first problems."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def measure_skill(
+    engine: Engine,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    *,
+    samples_per_problem: int = 16,
+    max_tokens: int = 96,
+    temperature: float = 1.0,
+    seed: int = 1234,
+    num_examples: int = 8,
+) -> SkillReport:
+    """Sample every problem and score by rule. Same seed and weights, same report."""
+    texts: list[str] = []
+    lengths: list[int] = []
+    truncated = 0
+    per_pass = max(1, SAMPLES_PER_PASS // samples_per_problem)
+    for start in range(0, len(problems), per_pass):
+        part = problems[start : start + per_pass]
+        rollouts = sample_rollouts(
+            engine,
+            prompter,
+            part,
+            group_size=samples_per_problem,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed + start,
+        )
+        texts += rollouts.texts
+        lengths += [len(completion.token_ids) for completion in rollouts.completions]
+        truncated += sum(completion.finish_reason == "length" for completion in rollouts.completions)
+    every = [problem for problem in problems for _ in range(samples_per_problem)]
+    right = [
+        value == 1.0 for value in accuracy_reward([p.prompt for p in every], texts, [[] for _ in every], problem=every)
+    ]
+    worked = [shows_work(text) for text in texts]
+    counts = [sum(right[i : i + samples_per_problem]) for i in range(0, len(right), samples_per_problem)]
+    ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
+    return SkillReport(
+        pass_at={str(k): sum(pass_at_k(samples_per_problem, c, k) for c in counts) / len(counts) for k in ks},
+        pass_at_1_interval=clustered_interval([c / samples_per_problem for c in counts]),
+        response_tokens=sum(lengths) / len(lengths),
+        worked_fraction=sum(worked) / len(worked),
+        accuracy_worked=_share(right, worked, True),
+        accuracy_direct=_share(right, worked, False),
+        truncated=truncated / len(texts),
+        problems=len(problems),
+        samples_per_problem=samples_per_problem,
+        examples=texts[::samples_per_problem][:num_examples],
+    )
+
+
+def may_lengthen(base: SkillReport) -> bool:
+    """The gate before reinforcement learning: does showing work pay on this base, and does it ever happen?"""
+    if base.accuracy_worked is None:
+        return False
+    return base.accuracy_worked > (base.accuracy_direct or 0.0)
+
+
+def _share(right: Sequence[bool], worked: Sequence[bool], wanted: bool) -> float | None:
+    chosen = [r for r, w in zip(right, worked) if w is wanted]
+    return sum(chosen) / len(chosen) if chosen else None

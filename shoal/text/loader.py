@@ -1,0 +1,101 @@
+"""Batches from shards, for ever, resumable to the sample.
+
+Two modes. "pack" puts whole short documents together in rows (synthetic problems, chats); "stream" cuts one long text into
+windows. Each epoch has its own order, drawn from (seed, epoch), so the loader's whole state is two numbers.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from shoal.errors import DataError
+from shoal.text.packing import Batch, batch_of_documents, batch_of_windows, pack_documents
+from shoal.text.shards import Shards
+
+Mode = Literal["pack", "stream"]
+
+
+class Loader:
+    """An endless iterator of `Batch`.
+
+    Args:
+        batch_rows: rows per batch.
+        row_tokens: tokens per row.
+        mode: "pack" or "stream", see the module docstring.
+        pad_token: fills what packing leaves over.
+    Raises:
+        DataError: the corpus is too small for one batch, or a document too long for a row.
+    """
+
+    def __init__(
+        self, shards: Shards, *, batch_rows: int, row_tokens: int, seed: int, mode: Mode, pad_token: int = 0
+    ) -> None:
+        self.shards, self.batch_rows, self.row_tokens = shards, batch_rows, row_tokens
+        self.seed, self.mode, self.pad_token = seed, mode, pad_token
+        self.epoch, self.batch_in_epoch = 0, 0
+        self._rows = self._plan(0)
+        if len(self._rows) < batch_rows:
+            raise DataError(
+                f"the corpus fills {len(self._rows)} rows of {row_tokens} tokens, a batch needs {batch_rows}; use more text or smaller batches."
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            if (self.batch_in_epoch + 1) * self.batch_rows > len(self._rows):
+                self.epoch, self.batch_in_epoch = self.epoch + 1, 0
+                self._rows = self._plan(self.epoch)
+            start = self.batch_in_epoch * self.batch_rows
+            rows = self._rows[start : start + self.batch_rows]
+            self.batch_in_epoch += 1
+            yield _batch(self.shards, rows, self.row_tokens, self.pad_token)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch will come from."""
+        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self.epoch, self.batch_in_epoch = int(state["epoch"]), int(state["batch_in_epoch"])
+        self._rows = self._plan(self.epoch)
+
+    def _plan(self, epoch: int) -> list[Any]:
+        """The rows of an epoch: lists of documents, or window starts."""
+        if self.mode == "pack":
+            return plan_packed(self.shards, self.row_tokens, self.seed + 7919 * epoch)
+        generator = np.random.default_rng([self.seed, epoch])
+        phase = int(generator.integers(self.row_tokens)) if self.shards.num_tokens > 2 * self.row_tokens else 0
+        starts = np.arange(phase, self.shards.num_tokens - self.row_tokens, self.row_tokens)
+        return [int(start) for start in generator.permutation(starts)]
+
+
+def plan_packed(shards: Shards, row_tokens: int, seed: int) -> list[Any]:
+    """Rows of document numbers, in shuffled order."""
+    rows = pack_documents(shards.document_lengths().tolist(), row_tokens, seed)
+    order = np.random.default_rng([seed, 1]).permutation(len(rows))
+    return [rows[index] for index in order]
+
+
+def evaluation_batches(
+    shards: Shards, *, batch_rows: int, row_tokens: int, mode: Mode, pad_token: int = 0
+) -> Iterator[Batch]:
+    """Every token once, in a fixed order; the last batch may be smaller."""
+    if mode == "pack":
+        rows: list[Any] = pack_documents(shards.document_lengths().tolist(), row_tokens, seed=0)
+    else:
+        rows = list(range(0, shards.num_tokens - row_tokens, row_tokens))
+    for start in range(0, len(rows), batch_rows):
+        yield _batch(shards, rows[start : start + batch_rows], row_tokens, pad_token)
+    if mode == "stream":
+        rest = shards.num_tokens - 1 - len(rows) * row_tokens
+        if rest > 0:
+            yield batch_of_windows(shards.stream(), [len(rows) * row_tokens], rest)
+
+
+def _batch(shards: Shards, rows: list[Any], row_tokens: int, pad_token: int) -> Batch:
+    if isinstance(rows[0], int):
+        return batch_of_windows(shards.stream(), rows, row_tokens)
+    members = [number for row in rows for number in row]
+    documents = [shards.document(number) for number in members]
+    place = iter(range(len(members)))
+    return batch_of_documents(documents, [[next(place) for _ in row] for row in rows], row_tokens, pad_token)

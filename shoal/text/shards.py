@@ -1,0 +1,212 @@
+"""Token shards: a corpus as memory-mapped files that can be checked and never lie half-written.
+
+A directory holds `shard-NNNNN.tokens` (little-endian uint16, or uint32 for large vocabularies), `.offsets` (uint64, where
+each document begins, plus the end), optionally `.labels` (uint8, 1 where a token counts in the loss), and `index.json`
+with sizes, SHA-256 sums, and the digest of the tokenizer that made them. The index is written last: a directory without
+one is an unfinished preparation.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.errors import DataError, DiskFullError
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """What a directory of shards holds."""
+
+    num_tokens: int
+    num_documents: int
+    directory: Path
+
+
+class ShardWriter:
+    """Writes documents to shards. Call `close` at the end; without it nothing can be opened."""
+
+    def __init__(
+        self, directory: Path, *, vocab_size: int, tokenizer_digest: str, shard_tokens: int = 64_000_000
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)
+        self.directory, self.vocab_size, self.digest, self.shard_tokens = (
+            directory,
+            vocab_size,
+            tokenizer_digest,
+            shard_tokens,
+        )
+        self.dtype = np.dtype("<u2" if vocab_size <= 0x10000 else "<u4")
+        self._tokens: list[NDArray[Any]] = []
+        self._labels: list[NDArray[np.uint8]] = []
+        self._lengths: list[int] = []
+        self._masked = False
+        self._shards: list[dict[str, Any]] = []
+
+    def add(self, token_ids: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[bool] | None = None) -> None:
+        """Append one document; `loss_mask` is True where a token counts in the loss."""
+        ids = np.asarray(token_ids)
+        if len(ids) == 0:
+            return
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            raise DataError(f"token ids must be in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}.")
+        self._tokens.append(ids.astype(self.dtype))
+        self._labels.append(np.ones(len(ids), np.uint8) if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8))
+        self._masked |= loss_mask is not None
+        self._lengths.append(len(ids))
+        if sum(self._lengths) >= self.shard_tokens:
+            self._flush()
+
+    def close(self) -> ShardIndex:
+        """Write what is left and the index.
+
+        Raises:
+            DataError: no document was added.
+            DiskFullError: nothing half-written is left.
+        """
+        self._flush()
+        if not self._shards:
+            raise DataError("the corpus gave no tokens; check that its files contain text.")
+        index = {
+            "format": FORMAT_VERSION,
+            "dtype": self.dtype.str,
+            "vocab_size": self.vocab_size,
+            "tokenizer_sha256": self.digest,
+            "num_tokens": sum(shard["num_tokens"] for shard in self._shards),
+            "num_documents": sum(shard["num_documents"] for shard in self._shards),
+            "shards": self._shards,
+        }
+        _write(self.directory / INDEX, json.dumps(index, indent=1).encode())
+        return ShardIndex(
+            num_tokens=index["num_tokens"], num_documents=index["num_documents"], directory=self.directory
+        )
+
+    def _flush(self) -> None:
+        if not self._lengths:
+            return
+        name = f"shard-{len(self._shards):05d}"
+        offsets = np.concatenate([[0], np.cumsum(self._lengths)]).astype("<u8")
+        parts = {".tokens": np.concatenate(self._tokens).tobytes(), ".offsets": offsets.tobytes()}
+        if self._masked:
+            parts[".labels"] = np.concatenate(self._labels).tobytes()
+        files = {}
+        for suffix, data in parts.items():
+            _write(self.directory / (name + suffix), data)
+            files[name + suffix] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self._shards.append(
+            {"name": name, "num_tokens": int(offsets[-1]), "num_documents": len(self._lengths), "files": files}
+        )
+        self._tokens, self._labels, self._lengths = [], [], []
+
+
+class Shards:
+    """An opened corpus; documents are read by number, tokens stay on disk until touched."""
+
+    def __init__(self, index: dict[str, Any], directory: Path) -> None:
+        self.vocab_size: int = index["vocab_size"]
+        self.tokenizer_digest: str = index["tokenizer_sha256"]
+        self.num_tokens: int = index["num_tokens"]
+        self.num_documents: int = index["num_documents"]
+        dtype = np.dtype(index["dtype"])
+        names = [(shard["name"], shard["files"]) for shard in index["shards"]]
+        self._tokens = [np.memmap(directory / f"{name}.tokens", dtype, "r") for name, _ in names]
+        self._labels = [
+            np.memmap(directory / f"{name}.labels", np.uint8, "r") if f"{name}.labels" in files else None
+            for name, files in names
+        ]
+        self._offsets = [np.fromfile(directory / f"{name}.offsets", "<u8").astype(np.int64) for name, _ in names]
+        self._first_document = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
+
+    @classmethod
+    def open(cls, directory: Path, *, expected_digest: str | None = None, verify: bool = True) -> "Shards":
+        """Open and check a directory of shards.
+
+        Raises:
+            DataError: missing, unfinished, truncated or changed files, or shards of another tokenizer.
+        """
+        path = directory / INDEX
+        if not path.is_file():
+            raise DataError(
+                f"no {INDEX} in {directory}: the shards are missing or their preparation did not finish; prepare them again."
+            )
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: facts for shard in index["shards"] for name, facts in shard["files"].items()}
+            version, digest = index["format"], index["tokenizer_sha256"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}); prepare the shards again.") from error
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{directory} has shard format {version}, this version reads {FORMAT_VERSION}; prepare the shards again."
+            )
+        if expected_digest is not None and digest != expected_digest:
+            raise DataError(
+                f"{directory} was made with another tokenizer; prepare the shards again with the one in use."
+            )
+        for name, facts in files.items():
+            _check_file(directory / Path(name).name, facts, verify)
+        return cls(index, directory)
+
+    def document(self, number: int) -> tuple[NDArray[np.integer], NDArray[np.bool_] | None]:
+        """Token ids of a document, and where they count in the loss (None: everywhere)."""
+        shard = int(np.searchsorted(self._first_document, number, side="right")) - 1
+        offsets = self._offsets[shard]
+        local = number - int(self._first_document[shard])
+        here = slice(int(offsets[local]), int(offsets[local + 1]))
+        labels = self._labels[shard]
+        return self._tokens[shard][here], None if labels is None else labels[here].astype(bool)
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document."""
+        return np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+    def stream(self) -> NDArray[np.integer]:
+        """All tokens in order, as one array; memory-mapped when there is a single shard."""
+        return self._tokens[0] if len(self._tokens) == 1 else np.concatenate(self._tokens)
+
+
+def _check_file(path: Path, facts: dict[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing; prepare the shards again.")
+    if path.stat().st_size != facts["bytes"]:
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}; it was cut off, prepare the shards again."
+        )
+    if verify:
+        with path.open("rb") as file:
+            found = (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else hashlib.sha256(file.read()).hexdigest()
+            )
+        if found != facts["sha256"]:
+            raise DataError(f"{path} does not match its checksum; it was changed or damaged, prepare the shards again.")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(
+                f"no room on the disk for {path.name} ({len(data)} bytes); free some space and run again."
+            ) from error
+        raise
