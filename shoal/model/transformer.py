@@ -106,11 +106,15 @@ class Transformer(nn.Module):
         position_BS: Tensor | None = None,
         document_BS: Tensor | None = None,
         routing: Routing | None = None,
+        detach_trunk: bool = False,
     ) -> list[Tensor]:
         """Head inputs of every MTP depth: element k at position i predicts token i + k + 2.
 
-        The last k + 1 positions of a row see wrapped-around embeddings; losses must mask them.
+        The last k + 1 positions of a row see wrapped-around embeddings; losses must mask them. With `detach_trunk` only
+        the MTP modules themselves learn: how they are kept in step while reinforcement learning moves the model.
         """
+        if detach_trunk:
+            hidden_BSD = hidden_BSD.detach()
         if position_BS is None:
             position_BS = torch.arange(token_BS.shape[1], device=token_BS.device).expand_as(token_BS)
         visibility = visibility_of(token_BS, document_BS, position_BS, None)
@@ -118,6 +122,8 @@ class Transformer(nn.Module):
         heads = []
         for depth, module in enumerate(self.mtp, start=1):
             ahead_BSD = self.embed_tokens(token_BS.roll(-depth, dims=1))
+            if detach_trunk:
+                ahead_BSD = ahead_BSD.detach()
             hidden_BSD, head_BSD = module(hidden_BSD, ahead_BSD, rotation_BSP, position_BS, visibility, routing)
             heads.append(head_BSD)
         return heads

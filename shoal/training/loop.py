@@ -139,12 +139,16 @@ class _Training:
         self.step_done, self.tokens, self.skipped = 0, 0, 0
         self.total_count_LE: torch.Tensor | None = None
         self.last_loss: float | None = None
-        self.identity = json.loads(json.dumps({"model": model.config.to_dict(), "training": dataclasses.asdict(config)}))
+        self.identity = json.loads(
+            json.dumps({"model": model.config.to_dict(), "training": dataclasses.asdict(config)})
+        )
 
     def run(self) -> TrainingResult:
         """Train, then evaluate once more."""
         device = self.model.embed_tokens.weight.device
-        set_compute_dtype(self.model, {"auto": fast_dtype(device), "fp32": None, "bf16": torch.bfloat16}[self.config.precision])
+        set_compute_dtype(
+            self.model, {"auto": fast_dtype(device), "fp32": None, "bf16": torch.bfloat16}[self.config.precision]
+        )
         if self.config.compile:
             for layer in self.model.layers:
                 layer.compile()
@@ -269,7 +273,9 @@ class _Training:
         self.model.load_state_dict(_under("model.", found.tensors))
         for index, optimizer in enumerate(self.optimizers.optimizers):
             moments = _under(f"optimizer.{index}.", found.tensors)
-            restore_optimizer_state(optimizer, self.optimizers.named_parameters, moments, found.state["optimizers"][index])
+            restore_optimizer_state(
+                optimizer, self.optimizers.named_parameters, moments, found.state["optimizers"][index]
+            )
         restore_random_state(_under("random.", found.tensors), found.state["random"])
         self.loader.load_state_dict(found.state["loader"])
         self.total_count_LE = found.tensors.get("total_count_LE")

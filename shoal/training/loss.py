@@ -34,9 +34,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_MD) if needs_grad else None
         grad_weight = torch.zeros_like(weight_VD) if needs_grad else None
         total, best_M = hidden_MD.new_zeros(()), torch.empty_like(label_M)
-        rows = max(1, CHUNK_ELEMENTS // len(weight_VD))
-        for start in range(0, len(label_M), rows):
-            chunk = slice(start, start + rows)
+        for chunk in _chunks(len(label_M), len(weight_VD)):
             low_hidden, label = hidden_MD[chunk].to(dtype), label_M[chunk]
             logit_MV = torch.mm(low_hidden, low_weight.t()).to(hidden_MD.dtype)
             best_M[chunk] = logit_MV.argmax(dim=-1)
@@ -69,15 +67,15 @@ class TokenLoss:
     """The token ranked first at each labelled position, -1 elsewhere."""
 
 
-def cross_entropy(model: Transformer, hidden_BSD: Tensor, label_BS: Tensor) -> TokenLoss:
+def cross_entropy(model: Transformer, hidden_BSD: Tensor, label_BS: Tensor, *, detach_head: bool = False) -> TokenLoss:
     """Cross-entropy of the labels that are not `IGNORED`; zero with zero gradient when there are none."""
     label_M = label_BS.reshape(-1)
     kept_M = (label_M != IGNORED).nonzero().squeeze(1)
     hidden_MD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     if len(kept_M) < len(label_M):
         hidden_MD, label_M = hidden_MD.index_select(0, kept_M), label_M.index_select(0, kept_M)
-    dtype = (model.lm_head.compute_dtype if model.lm_head is not None else None) or hidden_MD.dtype
-    total, best_M = ChunkedCrossEntropy.apply(hidden_MD, model.head_weight_VD, label_M, dtype)
+    weight_VD = model.head_weight_VD.detach() if detach_head else model.head_weight_VD
+    total, best_M = ChunkedCrossEntropy.apply(hidden_MD, weight_VD, label_M, _head_dtype(model, hidden_MD))
     best_BS = torch.full_like(label_BS, -1).reshape(-1).scatter_(0, kept_M, best_M).view_as(label_BS)
     return TokenLoss(total=total, num_tokens=len(label_M), best_BS=best_BS)
 
@@ -186,3 +184,58 @@ def mtp_acceptance(main: TokenLoss, mtp: list[TokenLoss]) -> list[tuple[int, int
         drafted_BS = (draft_BS >= 0) & (truth_BS >= 0)
         rates.append((int(((draft_BS == truth_BS) & drafted_BS).sum()), int(drafted_BS.sum())))
     return rates
+
+
+class ChunkedLogProbability(torch.autograd.Function):
+    """Log-probability of one token per row under the head, and the entropy there; logits exist a chunk at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor, temperature: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        low_weight = weight_VD.to(dtype)
+        logprob_M, entropy_M = hidden_MD.new_empty(len(token_M)), hidden_MD.new_empty(len(token_M))
+        for chunk in _chunks(len(token_M), len(weight_VD)):
+            log_probability_MV = _log_probabilities(hidden_MD[chunk], low_weight, temperature)
+            logprob_M[chunk] = log_probability_MV.gather(1, token_M[chunk].unsqueeze(1)).squeeze(1)
+            entropy_M[chunk] = -(log_probability_MV.exp() * log_probability_MV).sum(dim=-1)
+        ctx.save_for_backward(hidden_MD, weight_VD, token_M)
+        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.mark_non_differentiable(entropy_M)
+        return logprob_M, entropy_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_MD, weight_VD, token_M = ctx.saved_tensors
+        low_weight = weight_VD.to(ctx.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD)
+        for chunk in _chunks(len(token_M), len(weight_VD)):
+            grad_logit = _log_probabilities(hidden_MD[chunk], low_weight, ctx.temperature).exp_().neg_()
+            grad_logit.scatter_add_(1, token_M[chunk].unsqueeze(1), grad_logit.new_ones(len(grad_logit), 1))
+            low_grad = (grad_logit * (grads[0][chunk] / ctx.temperature).unsqueeze(1)).to(ctx.dtype)
+            grad_hidden[chunk] = torch.mm(low_grad, low_weight).to(hidden_MD.dtype)
+            grad_weight += torch.mm(low_grad.t(), hidden_MD[chunk].to(ctx.dtype)).to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def token_log_probabilities(
+    model: Transformer, hidden_MD: Tensor, token_M: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of `token_M` (differentiable) and entropy in nats (not) at each row, both `[M]`."""
+    return ChunkedLogProbability.apply(
+        hidden_MD, model.head_weight_VD, token_M, temperature, _head_dtype(model, hidden_MD)
+    )
+
+
+def _log_probabilities(hidden_MD: Tensor, low_weight: Tensor, temperature: float) -> Tensor:
+    logit_MV = torch.mm(hidden_MD.to(low_weight.dtype), low_weight.t()).to(hidden_MD.dtype)
+    return (logit_MV / temperature).log_softmax(dim=-1)
+
+
+def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, start + rows) for start in range(0, num_rows, rows)]
+
+
+def _head_dtype(model: Transformer, hidden: Tensor) -> torch.dtype:
+    return (model.lm_head.compute_dtype if model.lm_head is not None else None) or hidden.dtype

@@ -1,0 +1,167 @@
+"""Conversations to token ids, without letting what people type become control tokens.
+
+The default template is DeepSeek R1's format. Foreign templates are Jinja programs from strangers: they run only in
+Jinja's immutable sandbox, with bounded loops, output and time. And because a template pastes user text between control
+tokens, user text that *spells* a control token would become one; `encode` prevents that by rendering with unguessable
+placeholders where the contents go and encoding contents as ordinary text afterwards.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from shoal.errors import TokenizerError
+from shoal.text.tokenizer import Tokenizer
+
+MAX_TEMPLATE_CHARS = 200_000
+MAX_OUTPUT_CHARS = 20_000_000
+MAX_RENDER_S = 5.0
+MAX_RANGE = 100_000
+
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- for message in messages if message['role'] == 'system' -%}{{ message['content'] }}{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- if thinking -%}{{ '<think>' }}{%- endif -%}{%- endif -%}"
+)
+"""System text, then turns; thinking of earlier turns is dropped; the answer may be made to start by thinking."""
+
+
+class ChatTemplate:
+    """A compiled chat template."""
+
+    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise TokenizerError(
+                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are accepted."
+            )
+        self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals |= {"range": _bounded_range, "raise_exception": _refuse}
+        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template is not valid Jinja: {error}.") from error
+
+    @classmethod
+    def default(cls, tokenizer: Tokenizer) -> "ChatTemplate":
+        """DeepSeek R1's format, with the tokenizer's own begin and end tokens."""
+        begin, end = tokenizer.special_text(tokenizer.bos_token_id), tokenizer.special_text(tokenizer.eos_token_id)
+        return cls(DEFAULT_TEMPLATE, begin or "", end or "")
+
+    @classmethod
+    def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The template of a model directory: chat_template.jinja, tokenizer_config.json, or the default when it has none."""
+        default = cls.default(tokenizer)
+        path = directory / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), default.bos_token, default.eos_token)
+        config_path = directory / "tokenizer_config.json"
+        if not config_path.is_file():
+            return default
+        try:
+            source = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise TokenizerError(
+                f"{config_path} is damaged ({error}); restore it from where the model came from."
+            ) from error
+        if isinstance(source, list):
+            source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+        return cls(source, default.bos_token, default.eos_token) if isinstance(source, str) else default
+
+    def save(self, directory: Path) -> None:
+        """Write `chat_template.jinja`, where transformers looks for it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = directory / "chat_template.jinja.tmp"
+        temporary.write_text(self.source, encoding="utf-8")
+        temporary.replace(directory / "chat_template.jinja")
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, thinking: bool | None = None
+    ) -> str:
+        """The conversation as text.
+
+        Raises:
+            TokenizerError: the template refuses the messages, misbehaves, or runs past its limits.
+        """
+        values = {
+            "messages": [dict(message) for message in messages],
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
+        values |= {"add_generation_prompt": add_generation_prompt, "thinking": bool(thinking), "tools": None}
+        started_s, parts, length = time.monotonic(), [], 0
+        try:
+            for part in self._template.generate(**values):
+                parts.append(part)
+                length += len(part)
+                if length > MAX_OUTPUT_CHARS or time.monotonic() - started_s > MAX_RENDER_S:
+                    raise TokenizerError("the chat template ran past its limits of size or time; use another template.")
+        except TokenizerError:
+            raise
+        except Exception as error:  # a foreign program may fail in any way
+            raise TokenizerError(
+                f"the chat template failed on these messages: {type(error).__name__}: {error}."
+            ) from error
+        return "".join(parts)
+
+    def encode(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """The conversation as token ids; control tokens come from the template alone.
+
+        Contents are replaced by placeholders before rendering and encoded as ordinary text afterwards. Only the thinking of
+        assistant turns is cut here rather than by the template, which cannot see it. A template that changes or drops a
+        placeholder (trims it, tests its text) loses that message's content; this is said as an error, never passed on.
+        """
+        nonce = secrets.token_hex(8)
+        contents: list[str] = []
+        hidden = []
+        for message in messages:
+            content = str(message.get("content") or "")
+            if message.get("role") == "assistant":
+                content = content.rpartition("</think>")[2]
+            hidden.append({**message, "content": _placeholder(nonce, len(contents))})
+            contents.append(content)
+        rendered = self.render(hidden, add_generation_prompt=add_generation_prompt, thinking=thinking)
+        ids: list[int] = []
+        for index, content in enumerate(contents):
+            before, found, rendered = rendered.partition(_placeholder(nonce, index))
+            if not found:
+                raise TokenizerError(
+                    f"the chat template dropped or changed message {index + 1}; use another template or role order."
+                )
+            ids += tokenizer.encode(before, allow_special=True) + tokenizer.encode(content)
+        return ids + tokenizer.encode(rendered, allow_special=True)
+
+
+def _placeholder(nonce: str, index: int) -> str:
+    return f"\ue000{nonce}-{index}\ue001"
+
+
+def _bounded_range(*bounds: int) -> range:
+    values = range(*bounds)
+    if len(values) > MAX_RANGE:
+        raise TokenizerError(f"the chat template asks for a range of {len(values)}; at most {MAX_RANGE} is accepted.")
+    return values
+
+
+def _refuse(message: str) -> None:
+    raise TokenizerError(f"the chat template refuses these messages: {message}")
