@@ -12,7 +12,7 @@ from typing import Any
 
 from shoal.engine.engine import Engine
 from shoal.rl.grpo import shows_work
-from shoal.rl.pass_at_k import clustered_interval, pass_at_k
+from shoal.rl.pass_at_k import estimate_pass_at_k
 from shoal.rl.rewards import accuracy_reward
 from shoal.rl.rollout import Prompter, sample_rollouts
 from shoal.rl.tasks.task import Problem
@@ -81,9 +81,10 @@ def measure_skill(
     worked = [shows_work(text) for text in texts]
     counts = [sum(right[i : i + samples_per_problem]) for i in range(0, len(right), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
+    first = estimate_pass_at_k(counts, samples_per_problem)
     return SkillReport(
-        pass_at={str(k): sum(pass_at_k(samples_per_problem, c, k) for c in counts) / len(counts) for k in ks},
-        pass_at_1_interval=clustered_interval([c / samples_per_problem for c in counts]),
+        pass_at={str(k): estimate_pass_at_k(counts, samples_per_problem, k).mean for k in ks},
+        pass_at_1_interval=(first.low, first.high),
         response_tokens=sum(lengths) / len(lengths),
         worked_fraction=sum(worked) / len(worked),
         accuracy_worked=_share(right, worked, True),

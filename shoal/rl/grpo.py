@@ -21,15 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.store import (
-    capture_random_state,
-    check_same_config,
-    flatten_optimizer_state,
-    load_latest,
-    restore_optimizer_state,
-    restore_random_state,
-    save_checkpoint,
-)
 from shoal.device import fast_dtype, peak_memory_bytes
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
@@ -45,6 +36,7 @@ from shoal.rl.tasks.task import Problem
 from shoal.rl.update import UpdateResult, update_policy
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
 from shoal.training.schedule import Schedule
+from shoal.training.state import extra_tensors, restore_training_state, save_training_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,35 +285,24 @@ class _Grpo:
         )
 
     def _save(self) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.reference is not None:
-            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
-        states = []
-        for index, optimizer in enumerate(self.optimizers.optimizers):
-            moments, values = flatten_optimizer_state(optimizer, self.optimizers.named_parameters)
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-            states.append(values)
-        random_tensors, random_values = capture_random_state()
-        tensors |= {f"random.{name}": tensor for name, tensor in random_tensors.items()}
-        accuracies = [self.first_accuracy, self.last_accuracy]
-        state = {"identity": self.identity, "optimizers": states, "random": random_values, "accuracies": accuracies}
-        save_checkpoint(self.checkpoint_dir, self.step_done, tensors, state)
+        reference = {} if self.reference is None else dict(self.reference.state_dict())
+        save_training_state(
+            self.checkpoint_dir,
+            self.step_done,
+            self.model,
+            self.optimizers,
+            identity=self.identity,
+            extra={"accuracies": [self.first_accuracy, self.last_accuracy]},
+            extra_tensors=reference,
+        )
 
     def _resume(self) -> None:
-        found = load_latest(self.checkpoint_dir)
+        found = restore_training_state(self.checkpoint_dir, self.model, self.optimizers, identity=self.identity)
         if found is None:
             return
-        check_same_config(found.state["identity"], self.identity)
-        self.model.load_state_dict(_under("model.", found.tensors))
         if self.reference is not None:
-            self.reference.load_state_dict(_under("reference.", found.tensors))
-        for index, optimizer in enumerate(self.optimizers.optimizers):
-            moments = _under(f"optimizer.{index}.", found.tensors)
-            restore_optimizer_state(
-                optimizer, self.optimizers.named_parameters, moments, found.state["optimizers"][index]
-            )
-        restore_random_state(_under("random.", found.tensors), found.state["random"])
-        self.first_accuracy, self.last_accuracy = found.state["accuracies"]
+            self.reference.load_state_dict(extra_tensors(found))
+        self.first_accuracy, self.last_accuracy = found.state["extra"]["accuracies"]
         self.step_done = found.step
         self.metrics.rewind(self.stage, self.step_done)
         if self.step_done < self.config.steps:
@@ -352,7 +333,3 @@ def shows_work(text: str) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

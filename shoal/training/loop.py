@@ -15,15 +15,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from shoal.checkpoint.store import (
-    capture_random_state,
-    check_same_config,
-    flatten_optimizer_state,
-    load_latest,
-    restore_optimizer_state,
-    restore_random_state,
-    save_checkpoint,
-)
 from shoal.device import fast_dtype, peak_memory_bytes
 from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
@@ -35,6 +26,7 @@ from shoal.training.evaluate import Evaluation
 from shoal.training.loss import LossWeights
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
 from shoal.training.schedule import BatchRamp, Schedule
+from shoal.training.state import extra_tensors, restore_training_state, save_training_state
 from shoal.training.step import StepResult, train_step
 
 SPEED_PROBE_STEPS = 3
@@ -244,47 +236,31 @@ class _Training:
         self.metrics.write(self.stage, self.step_done, **values)
 
     def _save(self) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        states = []
-        for index, optimizer in enumerate(self.optimizers.optimizers):
-            moments, values = flatten_optimizer_state(optimizer, self.optimizers.named_parameters)
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-            states.append(values)
-        random_tensors, random_values = capture_random_state()
-        tensors |= {f"random.{name}": tensor for name, tensor in random_tensors.items()}
-        if self.total_count_LE is not None:
-            tensors["total_count_LE"] = self.total_count_LE
-        state = {
-            "identity": self.identity,
-            "optimizers": states,
-            "random": random_values,
+        extra = {
             "loader": self.loader.state_dict(),
             "tokens": self.tokens,
             "skipped": self.skipped,
             "last_loss": self.last_loss,
         }
-        save_checkpoint(self.checkpoint_dir, self.step_done, tensors, state)
+        save_training_state(
+            self.checkpoint_dir,
+            self.step_done,
+            self.model,
+            self.optimizers,
+            identity=self.identity,
+            extra=extra,
+            extra_tensors=None if self.total_count_LE is None else {"total_count_LE": self.total_count_LE},
+        )
 
     def _resume(self) -> None:
-        found = load_latest(self.checkpoint_dir)
+        found = restore_training_state(self.checkpoint_dir, self.model, self.optimizers, identity=self.identity)
         if found is None:
             return
-        check_same_config(found.state["identity"], self.identity)
-        self.model.load_state_dict(_under("model.", found.tensors))
-        for index, optimizer in enumerate(self.optimizers.optimizers):
-            moments = _under(f"optimizer.{index}.", found.tensors)
-            restore_optimizer_state(
-                optimizer, self.optimizers.named_parameters, moments, found.state["optimizers"][index]
-            )
-        restore_random_state(_under("random.", found.tensors), found.state["random"])
-        self.loader.load_state_dict(found.state["loader"])
-        self.total_count_LE = found.tensors.get("total_count_LE")
-        self.step_done, self.tokens = found.step, found.state["tokens"]
-        self.skipped, self.last_loss = found.state["skipped"], found.state["last_loss"]
+        extra = found.state["extra"]
+        self.loader.load_state_dict(extra["loader"])
+        self.total_count_LE = extra_tensors(found).get("total_count_LE")
+        self.step_done, self.tokens = found.step, extra["tokens"]
+        self.skipped, self.last_loss = extra["skipped"], extra["last_loss"]
         self.metrics.rewind(self.stage, self.step_done)
         if self.step_done < self.config.steps:
             say(f"{self.stage}: resuming after step {self.step_done} of {self.config.steps}")
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

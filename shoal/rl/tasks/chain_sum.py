@@ -1,8 +1,8 @@
-"""Word problems that are sums in disguise: "Mia has 12 shells, finds 8, loses 15. How many shells now?"
+"""Word problems that are sums in disguise: "Mia has 7 shells, finds 8, loses 5. How many shells now?"
 
 Direct answers need the whole chain in one glance; written out, every step is easy. That gap between answering and working
 is what reinforcement learning can find. Each happening has its own verb, so a worked solution can walk through the story
-line by line: `finds 8: 12+8=20`.
+line by line: `finds 8: 7+8=15`.
 """
 
 import random
@@ -27,7 +27,7 @@ THINGS = (
 )
 GAINS = ("finds", "buys", "gets", "wins", "makes", "picks")
 LOSSES = ("loses", "sells", "gives", "drops", "breaks", "eats")
-SMALLEST, LARGEST = 3, 20
+SMALLEST, LARGEST = 2, 9
 
 
 class ChainSum:
@@ -36,7 +36,7 @@ class ChainSum:
     name = "chain_sum"
     description = "short stories of things gained and lost: how many are there now?"
     difficulties = range(2, 8)
-    default_difficulty = 5
+    default_difficulty = 6
     constant_answer_bound = 0.08
 
     def generate(self, rng: random.Random, difficulty: int) -> Problem:

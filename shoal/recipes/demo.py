@@ -1,0 +1,325 @@
+"""The whole recipe in minutes on two cores: data, tokenizer, pretraining, R1-Zero, evaluation, report.
+
+A base model reads true documents in which few problems are worked out, then learns by reward alone. Reinforcement learning
+runs once per seed from the same base; held-out problems measure the base and every seed. `quick` makes everything smaller
+and keeps every stage.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.checkpoint.hf_format import load_model, save_model
+from shoal.config import ModelConfig
+from shoal.engine.engine import Engine
+from shoal.log import say
+from shoal.model.layers import set_compute_dtype
+from shoal.model.transformer import Transformer, initialise
+from shoal.presets import preset
+from shoal.recipes.problem_corpus import CorpusConfig, Document, write_corpus
+from shoal.recipes.run import Run, only_run, write_json
+from shoal.report import write_report
+from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
+from shoal.rl.grpo import GrpoConfig, train_grpo
+from shoal.rl.rewards import Reward, random_reward
+from shoal.rl.rollout import Prompter
+from shoal.rl.tasks import TASKS, Problem
+from shoal.rl.tasks.splits import problems
+from shoal.text.chat_template import ChatTemplate
+from shoal.text.loader import Loader, evaluation_batches
+from shoal.text.shards import Shards, ShardWriter
+from shoal.text.tokenizer import Tokenizer
+from shoal.training.evaluate import evaluate, token_byte_lengths
+from shoal.training.loop import TrainingConfig, train
+from shoal.training.optimizer import OptimizerConfig
+from shoal.training.schedule import Schedule
+
+TOKENIZER_DOCUMENTS = 4000
+HELD_OUT_DOCUMENTS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Everything that decides a demo run."""
+
+    corpus: CorpusConfig
+    vocab_size: int = 448
+    model: ModelConfig
+    batch_rows: int = 32
+    row_tokens: int = 128
+    pretraining: TrainingConfig
+    rl: GrpoConfig
+    rl_seeds: tuple[int, ...] = (0, 1, 2)
+    rl_problems: int = 2000
+    held_out_problems: int = 200
+    samples_per_problem: int = 16
+    max_answer_tokens: int = 112
+    random_reward: bool = False
+    """A control: the reward is a coin."""
+    estimates_s: dict[str, float] = field(default_factory=dict)
+    """Seconds each stage took on the machine named in the README; printed before it starts."""
+
+
+def demo_config(*, quick: bool = False) -> DemoConfig:
+    """The recipe `demo`: about 13 minutes on two cores; `quick`: under 3."""
+    steps = 150 if quick else 1100
+    config = DemoConfig(
+        corpus=CorpusConfig(documents=12_000 if quick else 110_000, difficulty=3 if quick else 6),
+        model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
+        pretraining=TrainingConfig(
+            steps=steps,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_learning_rate=0.015, weight_decay=0.05),
+            schedule=Schedule(kind="wsd", warmup_steps=20, total_steps=steps, decay_fraction=0.6),
+            bias_speed=3e-3,
+            log_every=5,
+            checkpoint_every=200,
+        ),
+        rl=GrpoConfig(
+            steps=40,
+            optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0),
+            max_response_tokens=112,
+            bias_speed=3e-3,
+        ),
+        estimates_s={"pretrain": 420, "rl": 80, "evaluate": 15},
+    )
+    if quick:
+        rl = replace(config.rl, steps=12, prompts_per_step=16)
+        return replace(
+            config,
+            rl=rl,
+            rl_seeds=(0,),
+            held_out_problems=64,
+            samples_per_problem=8,
+            estimates_s={"pretrain": 45, "rl": 20},
+        )
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """Where the results are."""
+
+    run_dir: Path
+    model_dir: Path
+    report: Path
+
+
+def run_demo(run_dir: Path, config: DemoConfig) -> DemoResult:
+    """Run the stages that are not done yet, then write the report.
+
+    Raises:
+        ConfigError: another run holds this machine.
+        CheckpointError: the directory belongs to another configuration.
+    """
+    with only_run():
+        return _Demo(run_dir, config).run()
+
+
+class _Demo:
+    """The stages, each of which leaves files that the next reads."""
+
+    def __init__(self, run_dir: Path, config: DemoConfig) -> None:
+        self.config, self.dir = config, run_dir
+        self.run_log = Run(run_dir, {"recipe": "demo", "seed": config.pretraining.seed, **asdict(config)})
+        self.task = TASKS[config.corpus.family]
+
+    def run(self) -> DemoResult:
+        self._stage("data", "write and shard the corpus", self._make_data)
+        self._stage("pretrain", "pretrain the base from scratch", self._pretrain)
+        self._stage("evaluate-base", "measure the base on held-out problems", self._evaluate_base)
+        for seed in self.config.rl_seeds:
+            self._stage(
+                f"rl-{seed}",
+                f"R1-Zero reinforcement learning, seed {seed}",
+                lambda facts, seed=seed: self._rl(facts, seed),
+            )
+        with self.run_log.stage("report", "write the report"):
+            self._write_evaluation()
+            self._export_chat_model()
+        paths = write_report(self.dir)
+        return DemoResult(run_dir=self.dir, model_dir=self.dir / "model", report=paths.html)
+
+    def _stage(self, name: str, title: str, work: Any) -> None:
+        if self.run_log.is_done(name):
+            say(f"[{name}] already done")
+            return
+        with self.run_log.stage(name, title, self.config.estimates_s.get(name.split("-")[0])) as facts:
+            work(facts)
+
+    def _make_data(self, facts: dict[str, Any]) -> None:
+        """Tokenizer, training shards and held-out shards."""
+        documents = list(write_corpus(self.config.corpus))
+        texts = [f"{d.question or ''}\n{d.response}" for d in documents[:TOKENIZER_DOCUMENTS]]
+        tokenizer = Tokenizer.train(_without_tags(texts), self.config.vocab_size)
+        template = ChatTemplate.default(tokenizer)
+        for directory in (self.dir / "tokenizer", self.dir / "base"):
+            tokenizer.save(directory)
+            template.save(directory)
+        held_out, training = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
+        index = _write_shards(self.dir / "shards" / "train", training, tokenizer, template)
+        _write_shards(self.dir / "shards" / "held_out", held_out, tokenizer, template)
+        worked = sum("</think>" in d.response and "<think></think>" not in d.response for d in documents if d.question)
+        share = worked / max(sum(d.question is not None for d in documents), 1)
+        facts["tokens"] = index
+        facts["result"] = f"{len(documents)} documents, {index} tokens, {share:.0%} of the problems worked out"
+
+    def _pretrain(self, facts: dict[str, Any]) -> None:
+        tokenizer = self._tokenizer()
+        shards = {
+            name: Shards.open(self.dir / "shards" / name, expected_digest=tokenizer.digest)
+            for name in ("train", "held_out")
+        }
+        model = Transformer(self._model_config(tokenizer))
+        initialise(model, self.config.pretraining.seed)
+        bytes_of_token = token_byte_lengths(tokenizer)
+        layout: dict[str, Any] = {
+            "row_tokens": self.config.row_tokens,
+            "mode": "pack",
+            "pad_token": tokenizer.pad_token_id,
+        }
+        loader = Loader(shards["train"], batch_rows=self.config.batch_rows, seed=self.config.pretraining.seed, **layout)
+        result = train(
+            model,
+            self.config.pretraining,
+            loader,
+            self.dir,
+            evaluate=lambda: evaluate(
+                model, evaluation_batches(shards["held_out"], batch_rows=64, **layout), bytes_of_token
+            ),
+        )
+        save_model(self.dir / "base", model.config, model.state_dict())
+        facts["tokens"] = result.tokens
+        if result.evaluation:
+            held_out = result.evaluation
+            facts["result"] = f"held-out loss {held_out.loss:.3f} nats, {held_out.bits_per_byte:.3f} bits per byte"
+
+    def _evaluate_base(self, facts: dict[str, Any]) -> None:
+        skill = self._measure(self._load("base"))
+        write_json(self.dir / "skill-base.json", skill.to_dict())
+        facts["result"] = _describe(skill)
+        if not may_lengthen(skill):
+            say(
+                "  the gate fails: showing work does not pay on this base, so reward will shorten answers; pretrain longer"
+            )
+
+    def _rl(self, facts: dict[str, Any], seed: int) -> None:
+        model = self._load("base")
+        config = replace(self.config.rl, seed=seed)
+        asked = problems(self.task, "rl", self.config.rl_problems, self.config.corpus.difficulty, seed=0)
+        reward: Reward | None = random_reward(seed) if self.config.random_reward else None
+        train_grpo(model, config, asked, self._prompter(), self.dir, stage=f"rl-{seed}", reward=reward)
+        skill = self._measure(model)
+        write_json(self.dir / f"skill-rl-{seed}.json", skill.to_dict())
+        save_model(self.dir / f"rl-{seed}", model.config, model.state_dict())
+        facts["result"] = _describe(skill)
+
+    def _write_evaluation(self) -> None:
+        """Gather the skill files into evaluation.json."""
+        base = _read(self.dir / "skill-base.json")
+        after = [{"seed": seed, **_read(self.dir / f"skill-rl-{seed}.json")} for seed in self.config.rl_seeds]
+        held_out = self._held_out()
+        samples = [
+            {"prompt": problem.prompt, "answer": problem.answer, "before": before, "after": later}
+            for problem, before, later in zip(held_out, base["examples"], after[0]["examples"])
+        ]
+        write_json(
+            self.dir / "evaluation.json",
+            {
+                "family": self.config.corpus.family,
+                "samples_per_problem": self.config.samples_per_problem,
+                "problems": len(held_out),
+                "before": base,
+                "after": after,
+                "samples": samples,
+            },
+        )
+
+    def _export_chat_model(self) -> None:
+        """The first seed's model as a self-contained directory, with what its page suggests."""
+        config, state = load_model(self.dir / f"rl-{self.config.rl_seeds[0]}")
+        target = self.dir / "model"
+        save_model(target, config, state)
+        tokenizer = self._tokenizer()
+        tokenizer.save(target)
+        ChatTemplate.default(tokenizer).save(target)
+        write_json(
+            target / "shoal.json",
+            {
+                "name": "shoal-demo",
+                "description": f"{self.task.description} It was trained from scratch on this machine and knows nothing else.",
+                "suggestions": [problem.prompt for problem in self._held_out()[:4]],
+                "max_tokens": self.config.max_answer_tokens,
+            },
+        )
+
+    def _measure(self, model: Transformer) -> SkillReport:
+        return measure_skill(
+            Engine(model),
+            self._prompter(),
+            self._held_out(),
+            samples_per_problem=self.config.samples_per_problem,
+            max_tokens=self.config.max_answer_tokens,
+        )
+
+    def _held_out(self) -> list[Problem]:
+        return problems(self.task, "eval", self.config.held_out_problems, self.config.corpus.difficulty, seed=0)
+
+    def _load(self, name: str) -> Transformer:
+        config, state = load_model(self.dir / name)
+        model = Transformer(config)
+        model.load_state_dict(state)
+        set_compute_dtype(model, torch.bfloat16 if self.config.rl.precision == "bf16" else None)
+        return model.eval()
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.dir / "tokenizer")
+
+    def _prompter(self) -> Prompter:
+        tokenizer = self._tokenizer()
+        return Prompter(tokenizer, ChatTemplate.default(tokenizer))
+
+    def _model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        return self.config.model.replace(vocab_size=tokenizer.vocab_size, **ids)
+
+
+def _write_shards(directory: Path, documents: list[Document], tokenizer: Tokenizer, template: ChatTemplate) -> int:
+    """Shard documents; questions carry no loss. Returns the number of tokens."""
+    writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
+    responses = tokenizer.encode_batch([d.response for d in documents], allow_special=True)
+    for document, response in zip(documents, responses):
+        if document.question is None:
+            prompt = [tokenizer.bos_token_id]
+        else:
+            prompt = template.encode(tokenizer, [{"role": "user", "content": document.question}])
+        writer.add([*prompt, *response, tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(response) + 1))
+    return writer.close().num_tokens
+
+
+def _without_tags(texts: list[str]) -> Iterator[str]:
+    """Texts without the format's own tags, which are single tokens and must not be merged into others."""
+    for text in texts:
+        for tag in ("<think>", "</think>", "<answer>", "</answer>"):
+            text = text.replace(tag, "\n")
+        yield text
+
+
+def _describe(skill: SkillReport) -> str:
+    low, high = skill.pass_at_1_interval
+    return (
+        f"pass@1 {skill.pass_at['1']:.1%} ({low:.1%} to {high:.1%}), {skill.response_tokens:.1f} tokens per answer, "
+        f"{skill.worked_fraction:.0%} show work (right {_percent(skill.accuracy_worked)}; direct {_percent(skill.accuracy_direct)})"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "none seen" if value is None else f"{value:.0%}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
