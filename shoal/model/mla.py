@@ -20,6 +20,9 @@ from shoal.model.visibility import Visibility
 ABSORB_UP_TO_QUERIES = 4
 """With more new positions than this per row, expanding the cached latents costs less than attending to them."""
 
+LATENT_NORM_EPS = 1e-6
+"""The released code never passes `rms_norm_eps` to the norms of the latents; Moonlight's 1e-5 is for the others."""
+
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention; parameters carry the published names."""
@@ -32,10 +35,10 @@ class LatentAttention(nn.Module):
             self.q_proj = Linear(hidden, num_heads * config.qk_head_dim)
         else:
             self.q_a_proj = Linear(hidden, config.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, num_heads * config.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, num_heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(num_heads * config.v_head_dim, hidden)
         yarn = config.rope_scaling

@@ -53,14 +53,17 @@ def _magnitude(yarn: YarnConfig | None) -> float:
 
 def rotate_interleaved(x_BSHR: Tensor, rotation_BSP: Tensor) -> Tensor:
     """Rotate pairs (x0, x1), (x2, x3), ... (DeepSeek). `rotation_BSP` is complex, P = R / 2 pairs."""
-    pairs = torch.view_as_complex(x_BSHR.float().unflatten(-1, (-1, 2)))
+    wide_BSHR = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32))
+    if any(stride % 2 for stride in wide_BSHR.stride()[:-1]) or wide_BSHR.storage_offset() % 2:
+        wide_BSHR = wide_BSHR.contiguous()  # complex numbers need even strides; odd plain widths N break them
+    pairs = torch.view_as_complex(wide_BSHR.unflatten(-1, (-1, 2)))
     rotated = torch.view_as_real(pairs * _for_heads(rotation_BSP, pairs))
     return rotated.flatten(-2).to(x_BSHR.dtype)
 
 
 def rotate_halves(x_BSHR: Tensor, rotation_BSP: Tensor) -> Tensor:
     """Rotate pairs (x0, x[R/2]), (x1, x[R/2 + 1]), ... (Llama, GLM)."""
-    first, second = x_BSHR.float().chunk(2, dim=-1)
+    first, second = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32)).chunk(2, dim=-1)
     rotation = _for_heads(rotation_BSP, first)
     cos, sin = rotation.real, rotation.imag
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHR.dtype)
