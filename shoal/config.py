@@ -3,15 +3,19 @@
 DeepSeek's own names (`kv_lora_rank`, `n_routed_experts`, ...) are used everywhere, so that a config.json, the code and
 the papers speak one language (`docs/glossary.md` ties them together). Dense, GQA and MHA baselines use the same class:
 `attention="gqa"` swaps the attention, `n_routed_experts=None` the experts.
+
+A config that exists is one that a model can be built from: types, ranges and the sizes that must fit together are all
+checked when it is made, so that nothing downstream checks them again.
 """
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +30,24 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self, prefix="rope_scaling.")
         if self.factor < 1:
             raise ConfigError(f"rope_scaling.factor={self.factor} would shorten the context; use 1 or more.")
         if self.original_max_position_embeddings < 1:
-            raise ConfigError("rope_scaling.original_max_position_embeddings must be positive.")
+            raise ConfigError(
+                f"rope_scaling.original_max_position_embeddings={self.original_max_position_embeddings} must be at least "
+                "1; it is the context that the model was pretrained with."
+            )
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ConfigError(
+                f"rope_scaling.beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}, and both 0; "
+                "the published values are 32 and 1."
+            )
+        if self.mscale < 0 or self.mscale_all_dim < 0:
+            raise ConfigError(
+                f"rope_scaling.mscale={self.mscale} and mscale_all_dim={self.mscale_all_dim} must not be negative; "
+                "V3 uses 1 for both."
+            )
 
     def softmax_multiplier(self) -> float:
         """The square of the YaRN magnitude correction that attention scores are multiplied by."""
@@ -90,7 +108,9 @@ class ModelConfig:
     eos_token_id: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         self._check_sizes()
+        self._check_scales()
         self._check_attention()
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
@@ -110,9 +130,24 @@ class ModelConfig:
             raise ConfigError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} is outside 0..4; V3 uses 1.")
         for name in ("bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}.")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is outside the vocabulary of {self.vocab_size}; use 0 to "
+                    f"{self.vocab_size - 1}."
+                )
+
+    def _check_scales(self) -> None:
+        for name in ("rms_norm_eps", "routed_scaling_factor"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.initializer_range < 0:
+            raise ConfigError(f"initializer_range={self.initializer_range} must not be negative; 0.02 is the default.")
+        if self.rope_theta <= 1:
+            raise ConfigError(f"rope_theta={self.rope_theta} must exceed 1; 10000 is the published base.")
 
     def _check_attention(self) -> None:
+        for name in ("q_lora_rank", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1, or None to leave it out.")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 if getattr(self, name) < 1:
@@ -122,53 +157,75 @@ class ModelConfig:
                     f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rotary pairs need an even size, use {self.qk_rope_head_dim + 1}."
                 )
             return
-        if self.attention != "gqa":
-            raise ConfigError(f"attention={self.attention!r} is unknown; use 'mla' or 'gqa'.")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} does not split over num_attention_heads={self.num_attention_heads}; "
                 f"set head_dim, or use a multiple of {self.num_attention_heads}."
             )
         if self.gqa_head_dim % 2:
-            raise ConfigError(f"head_dim={self.gqa_head_dim} is odd; rotary pairs need an even size.")
+            raise ConfigError(
+                f"head_dim={self.gqa_head_dim} is odd; rotary pairs need an even size, use {self.gqa_head_dim + 1}."
+            )
         if self.num_attention_heads % self.kv_heads:
             raise ConfigError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_key_value_heads={self.kv_heads}."
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.kv_heads}; it may be one of {_divisors(self.num_attention_heads)}."
             )
 
     def _check_experts(self, experts: int) -> None:
+        if experts < 1:
+            raise ConfigError(f"n_routed_experts={experts} must be at least 1, or None for a dense model.")
+        if self.n_shared_experts < 0:
+            raise ConfigError(f"n_shared_experts={self.n_shared_experts} must be 0 or more.")
+        self._check_dense_layers()
         if not 1 <= self.num_experts_per_tok <= experts:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be in 1..n_routed_experts={experts}."
             )
         if self.moe_intermediate_size < 1:
             raise ConfigError(
-                "moe_intermediate_size must be given for a mixture of experts; it is the width of one expert."
+                f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1 for a mixture of experts; "
+                "it is the width of one expert."
             )
-        if self.n_group < 1 or experts % self.n_group:
-            divisors = [n for n in range(1, min(experts, 16) + 1) if experts % n == 0]
+        self._check_groups(experts)
+
+    def _check_dense_layers(self) -> None:
+        last = self.num_hidden_layers + self.num_nextn_predict_layers - 1
+        if not 0 <= self.first_k_dense_replace <= last:
             raise ConfigError(
-                f"n_routed_experts={experts} is not divisible by n_group={self.n_group}; n_group may be one of {divisors}."
+                f"first_k_dense_replace={self.first_k_dense_replace} leaves no layer for n_routed_experts="
+                f"{self.n_routed_experts}; use 0 to {last}, or n_routed_experts=None for a dense model."
+            )
+
+    def _check_groups(self, experts: int) -> None:
+        if self.n_group < 1 or experts % self.n_group:
+            raise ConfigError(
+                f"n_routed_experts={experts} is not divisible by n_group={self.n_group}; n_group may be one of "
+                f"{_divisors(experts)}."
             )
         if not 1 <= self.topk_group <= self.n_group:
             raise ConfigError(f"topk_group={self.topk_group} must be in 1..n_group={self.n_group}.")
         reachable = experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > reachable:
             raise ConfigError(
-                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts that topk_group={self.topk_group} groups hold."
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} experts that "
+                f"topk_group={self.topk_group} groups hold; allow more groups or fewer experts per token."
             )
         if self.topk_method == "noaux_tc" and self.n_group > 1 and experts // self.n_group < 2:
-            raise ConfigError("noaux_tc scores a group by its best two experts; use groups of at least 2.")
+            raise ConfigError(
+                f"n_group={self.n_group} leaves groups of one expert, and noaux_tc scores a group by its best two; use "
+                f"n_group={experts // 2} or fewer."
+            )
 
     @property
     def kv_heads(self) -> int:
         """Key-value heads of the GQA baseline."""
-        return self.num_key_value_heads or self.num_attention_heads
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
     @property
     def gqa_head_dim(self) -> int:
         """Head size of the GQA baseline."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def qk_head_dim(self) -> int:
@@ -188,10 +245,7 @@ class ModelConfig:
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed; unknown names raise ConfigError."""
-        known = {field.name for field in dataclasses.fields(self)}
-        for name in changes:
-            if name not in known:
-                raise ConfigError(f"unknown model key {name!r}; known keys: {', '.join(sorted(known))}.")
+        check_keys(type(self), changes)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,13 +256,56 @@ class ModelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; unknown keys raise ConfigError. For published config.json see `checkpoint.hf_format`."""
         values = dict(values)
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"unknown model key {unknown[0]!r}; known keys: {', '.join(sorted(known))}.")
-        if isinstance(values.get("rope_scaling"), Mapping):
-            values["rope_scaling"] = YarnConfig(**values["rope_scaling"])
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"incomplete model config: {error}.") from error
+        check_keys(cls, values, complete=True)
+        yarn = values.get("rope_scaling")
+        if isinstance(yarn, Mapping):
+            check_keys(YarnConfig, yarn, prefix="rope_scaling.", complete=True)
+            values["rope_scaling"] = YarnConfig(**yarn)
+        return cls(**values)
+
+
+def check_keys(owner: type[Any], values: Mapping[str, Any], *, prefix: str = "", complete: bool = False) -> None:
+    """Refuse keys that config class `owner` does not have and, with `complete`, the lack of one it cannot do without."""
+    fields = dataclasses.fields(owner)
+    known = sorted(field.name for field in fields)
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"unknown model key {prefix + str(name)!r}{did_you_mean(str(name), known)}; known keys: {', '.join(known)}."
+            )
+    missing = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in values]
+    if complete and missing:
+        raise ConfigError(f"incomplete model config: {', '.join(prefix + name for name in missing)} must be given.")
+
+
+def check_types(config: Any, *, prefix: str = "") -> None:
+    """Refuse a value of another type than its field's, and numbers that are not finite: they come from JSON of others.
+
+    A whole number is taken for a float; a truth value is taken for neither.
+    """
+    for name, (allowed, words) in _field_types(type(config)).items():
+        value = getattr(config, name)
+        if words:
+            if value not in words:
+                raise ConfigError(f"{prefix}{name}={value!r} is unknown; use {' or '.join(map(repr, words))}.")
+        elif not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join("None" if one is types.NoneType else one.__name__ for one in allowed)
+            raise ConfigError(f"{prefix}{name}={value!r} is of type {type(value).__name__}; use {names}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{prefix}{name}={value} is not a finite number.")
+
+
+def _field_types(owner: type[Any]) -> dict[str, tuple[tuple[type[Any], ...], tuple[str, ...]]]:
+    """Per field: the classes a value may have, or the words it may be."""
+    found: dict[str, tuple[tuple[type[Any], ...], tuple[str, ...]]] = {}
+    for name, hint in get_type_hints(owner).items():
+        if get_origin(hint) is Literal:
+            found[name] = ((), get_args(hint))
+            continue
+        allowed = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        found[name] = ((*allowed, int) if float in allowed else tuple(allowed), ())
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, min(number, 16) + 1) if number % divisor == 0]

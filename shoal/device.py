@@ -1,4 +1,4 @@
-"""What this machine can do: device, matrix-product precision, memory, energy counters.
+"""What this machine can do: device, matrix-product precision, instructions, memory.
 
 The CPU path multiplies in bfloat16 where the processor has instructions for it (AMX or AVX-512 BF16) and keeps float32
 elsewhere; float16 is never used on a CPU, where nothing accelerates it.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from shoal.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,18 @@ class Machine:
 
 
 def pick_device(wanted: str | None = None) -> torch.device:
-    """`cuda` when there is one, else `cpu`; `wanted` overrides."""
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """`cuda` when there is one, else `cpu`; `wanted` overrides.
+
+    Raises:
+        ConfigError: `wanted` is no device, or one that this machine does not have.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted is None:
+        return torch.device("cuda" if num_gpus else "cpu")
+    allowed = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{index}" for index in range(num_gpus))]
+    if wanted not in allowed:
+        raise ConfigError(f"device {wanted!r} is not to be had on this machine; use {' or '.join(allowed)}.")
+    return torch.device(wanted)
 
 
 def describe_machine() -> Machine:
@@ -69,8 +81,13 @@ def _cpu_info() -> tuple[set[str], str]:
     return set(fields.get("flags", "").split()), fields.get("model name", platform.processor())
 
 
-def _memory_bytes() -> int:
+def _memory_bytes(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Memory this process may use: the machine's, or less where its container has a limit."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        physical_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
+    try:
+        return min(physical_bytes, int(limit_file.read_text()))
+    except (OSError, ValueError):  # no container, or the word "max"
+        return physical_bytes

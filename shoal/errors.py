@@ -4,6 +4,9 @@ Everything the command line shows as a one-line message with exit code 2 derives
 that reaches the top is a bug of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ShoalError(Exception):
     """A user's mistake or a refused input. The message names the value, what is allowed, and what to do."""
@@ -39,3 +42,9 @@ class ServerError(ShoalError):
 
 class DiskFullError(ShoalError):
     """No room to write; nothing half-written was left behind."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`, did you mean 'hidden_size'?` for a slip of the hand, else nothing: a part of a message about an unknown name."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -6,7 +6,7 @@ and keeps every stage.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,6 @@ class DemoConfig:
     held_out_problems: int = 200
     samples_per_problem: int = 16
     max_answer_tokens: int = 112
-    random_reward: bool = False
-    """A control: the reward is a coin."""
     estimates_s: dict[str, float] = field(default_factory=dict)
     """Seconds each stage took on the machine named in the README; printed before it starts."""
 
@@ -108,15 +106,17 @@ class DemoResult:
     report: Path
 
 
-def run_demo(run_dir: Path, config: DemoConfig) -> DemoResult:
+def run_demo(run_dir: Path, config: DemoConfig, *, controls: bool = False) -> DemoResult:
     """Run the stages that are not done yet, then write the report.
 
+    Args:
+        controls: also run what must not work: a base that never read worked solutions, and a reward that is a coin.
     Raises:
         ConfigError: another run holds this machine.
         CheckpointError: the directory belongs to another configuration.
     """
     with only_run():
-        return _Demo(run_dir, config).run()
+        return _Demo(run_dir, config).run(controls=controls)
 
 
 class _Demo:
@@ -127,50 +127,75 @@ class _Demo:
         self.run_log = Run(run_dir, {"recipe": "demo", "seed": config.pretraining.seed, **asdict(config)})
         self.task = TASKS[config.corpus.family]
 
-    def run(self) -> DemoResult:
-        self._stage("data", "write and shard the corpus", self._make_data)
-        self._stage("pretrain", "pretrain the base from scratch", self._pretrain)
-        self._stage("evaluate-base", "measure the base on held-out problems", self._evaluate_base)
+    def run(self, *, controls: bool) -> DemoResult:
+        """The recipe from data to report."""
+        self._stage("data", "write the corpus, train the tokenizer", self._make_tokenizer)
+        self._make_base("base", self.config.corpus)
         for seed in self.config.rl_seeds:
-            self._stage(
-                f"rl-{seed}",
-                f"R1-Zero reinforcement learning, seed {seed}",
-                lambda facts, seed=seed: self._rl(facts, seed),
-            )
+            self._reinforce(f"rl-{seed}", seed, "base", None)
+        if controls:
+            seed = self.config.rl_seeds[0]
+            self._reinforce("rl-random-reward", seed, "base", random_reward(seed))
+            self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
+            self._reinforce("rl-no-worked", seed, "base-no-worked", None)
         with self.run_log.stage("report", "write the report"):
             self._write_evaluation()
             self._export_chat_model()
         paths = write_report(self.dir)
         return DemoResult(run_dir=self.dir, model_dir=self.dir / "model", report=paths.html)
 
-    def _stage(self, name: str, title: str, work: Any) -> None:
+    def _stage(self, name: str, title: str, work: Callable[[dict[str, Any]], None]) -> None:
         if self.run_log.is_done(name):
             say(f"[{name}] already done")
             return
         with self.run_log.stage(name, title, self.config.estimates_s.get(name.split("-")[0])) as facts:
             work(facts)
 
-    def _make_data(self, facts: dict[str, Any]) -> None:
-        """Tokenizer, training shards and held-out shards."""
-        documents = list(write_corpus(self.config.corpus))
-        texts = [f"{d.question or ''}\n{d.response}" for d in documents[:TOKENIZER_DOCUMENTS]]
-        tokenizer = Tokenizer.train(_without_tags(texts), self.config.vocab_size)
-        template = ChatTemplate.default(tokenizer)
-        for directory in (self.dir / "tokenizer", self.dir / "base"):
-            tokenizer.save(directory)
-            template.save(directory)
-        held_out, training = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
-        index = _write_shards(self.dir / "shards" / "train", training, tokenizer, template)
-        _write_shards(self.dir / "shards" / "held_out", held_out, tokenizer, template)
-        worked = sum("</think>" in d.response and "<think></think>" not in d.response for d in documents if d.question)
-        share = worked / max(sum(d.question is not None for d in documents), 1)
-        facts["tokens"] = index
-        facts["result"] = f"{len(documents)} documents, {index} tokens, {share:.0%} of the problems worked out"
+    def _make_base(self, base: str, corpus: CorpusConfig) -> None:
+        """Data, pretraining and evaluation of one base model."""
+        suffix = base.removeprefix("base")
+        self._stage(
+            f"shards{suffix}", "tokenise the corpus into shards", lambda facts: self._write_shards(facts, base, corpus)
+        )
+        self._stage(f"pretrain{suffix}", "pretrain the base from scratch", lambda facts: self._pretrain(facts, base))
+        self._stage(
+            f"evaluate{suffix}", "measure the base on held-out problems", lambda facts: self._evaluate(facts, base)
+        )
 
-    def _pretrain(self, facts: dict[str, Any]) -> None:
+    def _reinforce(self, name: str, seed: int, base: str, reward: Reward | None) -> None:
+        self._stage(
+            name,
+            "R1-Zero: reward alone, no worked solution shown",
+            lambda facts: self._rl(facts, name, seed, base, reward),
+        )
+
+    def _make_tokenizer(self, facts: dict[str, Any]) -> None:
+        documents = write_corpus(replace(self.config.corpus, documents=TOKENIZER_DOCUMENTS))
+        texts = [f"{document.question or ''}\n{document.response}" for document in documents]
+        tokenizer = Tokenizer.train(_without_tags(texts), self.config.vocab_size)
+        tokenizer.save(self.dir / "tokenizer")
+        facts["result"] = f"{tokenizer.vocab_size} tokens"
+
+    def _write_shards(self, facts: dict[str, Any], base: str, corpus: CorpusConfig) -> None:
+        """Held-out and training shards of one corpus."""
         tokenizer = self._tokenizer()
-        shards = {
-            name: Shards.open(self.dir / "shards" / name, expected_digest=tokenizer.digest)
+        template = ChatTemplate.default(tokenizer)
+        documents = list(write_corpus(corpus))
+        held_out, training = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
+        facts["tokens"] = _write_documents(self.dir / "shards" / base / "train", training, tokenizer, template)
+        _write_documents(self.dir / "shards" / base / "held_out", held_out, tokenizer, template)
+        problems_read = [document for document in documents if document.question is not None]
+        worked = sum("<think></think>" not in document.response for document in problems_read) / max(
+            len(problems_read), 1
+        )
+        facts["result"] = (
+            f"{len(documents)} documents, {facts['tokens']} tokens, {worked:.0%} of the problems worked out"
+        )
+
+    def _pretrain(self, facts: dict[str, Any], base: str) -> None:
+        tokenizer = self._tokenizer()
+        opened = {
+            name: Shards.open(self.dir / "shards" / base / name, expected_digest=tokenizer.digest)
             for name in ("train", "held_out")
         }
         model = Transformer(self._model_config(tokenizer))
@@ -181,62 +206,71 @@ class _Demo:
             "mode": "pack",
             "pad_token": tokenizer.pad_token_id,
         }
-        loader = Loader(shards["train"], batch_rows=self.config.batch_rows, seed=self.config.pretraining.seed, **layout)
+        loader = Loader(opened["train"], batch_rows=self.config.batch_rows, seed=self.config.pretraining.seed, **layout)
         result = train(
             model,
             self.config.pretraining,
             loader,
             self.dir,
+            stage=base.replace("base", "pretrain"),
             evaluate=lambda: evaluate(
-                model, evaluation_batches(shards["held_out"], batch_rows=64, **layout), bytes_of_token
+                model, evaluation_batches(opened["held_out"], batch_rows=64, **layout), bytes_of_token
             ),
         )
-        save_model(self.dir / "base", model.config, model.state_dict())
+        save_model(self.dir / base, model.config, model.state_dict())
         facts["tokens"] = result.tokens
         if result.evaluation:
             held_out = result.evaluation
             facts["result"] = f"held-out loss {held_out.loss:.3f} nats, {held_out.bits_per_byte:.3f} bits per byte"
 
-    def _evaluate_base(self, facts: dict[str, Any]) -> None:
-        skill = self._measure(self._load("base"))
-        write_json(self.dir / "skill-base.json", skill.to_dict())
+    def _evaluate(self, facts: dict[str, Any], base: str) -> None:
+        skill = self._measure(self._load(base))
+        write_json(self.dir / f"skill-{base}.json", skill.to_dict())
         facts["result"] = _describe(skill)
         if not may_lengthen(skill):
-            say(
-                "  the gate fails: showing work does not pay on this base, so reward will shorten answers; pretrain longer"
-            )
+            say("  the gate fails: showing work does not pay on this base, so reward will not lengthen answers")
 
-    def _rl(self, facts: dict[str, Any], seed: int) -> None:
-        model = self._load("base")
+    def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, reward: Reward | None) -> None:
+        model = self._load(base)
         config = replace(self.config.rl, seed=seed)
         asked = problems(self.task, "rl", self.config.rl_problems, self.config.corpus.difficulty, seed=0)
-        reward: Reward | None = random_reward(seed) if self.config.random_reward else None
-        train_grpo(model, config, asked, self._prompter(), self.dir, stage=f"rl-{seed}", reward=reward)
+        train_grpo(model, config, asked, self._prompter(), self.dir, stage=name, reward=reward)
         skill = self._measure(model)
-        write_json(self.dir / f"skill-rl-{seed}.json", skill.to_dict())
-        save_model(self.dir / f"rl-{seed}", model.config, model.state_dict())
+        write_json(self.dir / f"skill-{name}.json", skill.to_dict())
+        save_model(self.dir / name, model.config, model.state_dict())
         facts["result"] = _describe(skill)
 
     def _write_evaluation(self) -> None:
         """Gather the skill files into evaluation.json."""
-        base = _read(self.dir / "skill-base.json")
-        after = [{"seed": seed, **_read(self.dir / f"skill-rl-{seed}.json")} for seed in self.config.rl_seeds]
+        base = self._skill("base")
+        after = [{"seed": seed, **self._skill(f"rl-{seed}")} for seed in self.config.rl_seeds]
         held_out = self._held_out()
         samples = [
             {"prompt": problem.prompt, "answer": problem.answer, "before": before, "after": later}
             for problem, before, later in zip(held_out, base["examples"], after[0]["examples"])
         ]
-        write_json(
-            self.dir / "evaluation.json",
-            {
-                "family": self.config.corpus.family,
-                "samples_per_problem": self.config.samples_per_problem,
-                "problems": len(held_out),
-                "before": base,
-                "after": after,
-                "samples": samples,
-            },
-        )
+        controls = [
+            {"name": title, "before": self._skill(start), **self._skill(stage)}
+            for title, start, stage in (
+                ("random reward", "base", "rl-random-reward"),
+                ("no worked solutions in the base", "base-no-worked", "rl-no-worked"),
+            )
+            if self.run_log.is_done(stage)
+        ]
+        facts = {"family": self.config.corpus.family, "samples_per_problem": self.config.samples_per_problem}
+        gathered = {
+            **facts,
+            "problems": len(held_out),
+            "before": base,
+            "after": after,
+            "controls": controls,
+            "samples": samples,
+        }
+        write_json(self.dir / "evaluation.json", gathered)
+
+    def _skill(self, name: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((self.dir / f"skill-{name}.json").read_text(encoding="utf-8"))
+        return values
 
     def _export_chat_model(self) -> None:
         """The first seed's model as a self-contained directory, with what its page suggests."""
@@ -246,15 +280,13 @@ class _Demo:
         tokenizer = self._tokenizer()
         tokenizer.save(target)
         ChatTemplate.default(tokenizer).save(target)
-        write_json(
-            target / "shoal.json",
-            {
-                "name": "shoal-demo",
-                "description": f"{self.task.description} It was trained from scratch on this machine and knows nothing else.",
-                "suggestions": [problem.prompt for problem in self._held_out()[:4]],
-                "max_tokens": self.config.max_answer_tokens,
-            },
-        )
+        card = {
+            "name": "shoal-demo",
+            "description": f"Trained from scratch on this machine, on one thing: {self.task.description}",
+            "suggestions": [problem.prompt for problem in self._held_out()[:4]],
+            "max_tokens": self.config.max_answer_tokens,
+        }
+        write_json(target / "shoal.json", card)
 
     def _measure(self, model: Transformer) -> SkillReport:
         return measure_skill(
@@ -287,15 +319,14 @@ class _Demo:
         return self.config.model.replace(vocab_size=tokenizer.vocab_size, **ids)
 
 
-def _write_shards(directory: Path, documents: list[Document], tokenizer: Tokenizer, template: ChatTemplate) -> int:
+def _write_documents(directory: Path, documents: list[Document], tokenizer: Tokenizer, template: ChatTemplate) -> int:
     """Shard documents; questions carry no loss. Returns the number of tokens."""
     writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
+    before, after = template.frame(tokenizer)
+    questions = tokenizer.encode_batch([d.question or "" for d in documents])
     responses = tokenizer.encode_batch([d.response for d in documents], allow_special=True)
-    for document, response in zip(documents, responses):
-        if document.question is None:
-            prompt = [tokenizer.bos_token_id]
-        else:
-            prompt = template.encode(tokenizer, [{"role": "user", "content": document.question}])
+    for document, question, response in zip(documents, questions, responses):
+        prompt = [tokenizer.bos_token_id] if document.question is None else [*before, *question, *after]
         writer.add([*prompt, *response, tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(response) + 1))
     return writer.close().num_tokens
 
@@ -318,8 +349,3 @@ def _describe(skill: SkillReport) -> str:
 
 def _percent(value: float | None) -> str:
     return "none seen" if value is None else f"{value:.0%}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values

@@ -96,7 +96,7 @@ class ChatTemplate:
         Raises:
             TokenizerError: the template refuses the messages, misbehaves, or runs past its limits.
         """
-        values = {
+        values: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
@@ -150,6 +150,12 @@ class ChatTemplate:
                 )
             ids += tokenizer.encode(before, allow_special=True) + tokenizer.encode(content)
         return ids + tokenizer.encode(rendered, allow_special=True)
+
+    def frame(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+        """Token ids before and after the content of a single user turn: `encode` of many one-turn prompts, in one go."""
+        nonce = _placeholder(secrets.token_hex(8), 0)
+        before, _, after = self.render([{"role": "user", "content": nonce}]).partition(nonce)
+        return tokenizer.encode(before, allow_special=True), tokenizer.encode(after, allow_special=True)
 
 
 def _placeholder(nonce: str, index: int) -> str:

@@ -1,0 +1,247 @@
+"""The command line: one verb per room. It parses, calls and prints; nothing is decided here.
+
+Results for programs go to standard output as one JSON object (`--json`), everything for people to standard error.
+Users' mistakes end with one message and exit code 2; a traceback is a bug of ours.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal import __version__
+from shoal.errors import ShoalError
+
+app = typer.Typer(
+    help="The DeepSeek V3/R1 recipe, whole: train, reason, serve, chat, and see what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Model directory or run directory; default: the newest run under runs/."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+def main() -> None:
+    """Entry point of the `shoal` command."""
+    _prepare_memory()
+    try:
+        app()
+    except ShoalError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from the last checkpoint.\n")
+        raise SystemExit(130) from None
+
+
+@app.command()
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Where the run is kept; the same directory resumes.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[bool, typer.Option(help="Smaller everywhere, same stages: at most 3 minutes.")] = False,
+    serve_after: Annotated[bool, typer.Option("--serve/--no-serve", help="Serve the chat page at the end.")] = True,
+    port: Annotated[int, typer.Option(help="Port of the chat page.")] = 8000,
+    json_output: JsonOption = False,
+) -> None:
+    """Train, reason, report and chat: the whole recipe on this machine.
+
+    Example: shoal demo --quick --no-serve
+    """
+    from shoal.log import print_json, say
+    from shoal.recipes.demo import demo_config, run_demo
+
+    result = run_demo(run_dir, demo_config(quick=quick))
+    say(f"report: {result.report}")
+    if json_output:
+        print_json({key: str(value) for key, value in asdict(result).items()})
+    if serve_after:
+        _serve(result.model_dir, "127.0.0.1", port, None)
+
+
+@app.command()
+def pretrain(
+    data: Annotated[list[Path], typer.Option(help="Text files or folders (.txt, .jsonl, .parquet); may be repeated.")],
+    recipe: Annotated[str, typer.Option(help="Only 'text' so far.")] = "text",
+    run_dir: Annotated[Path, typer.Option(help="Where the run is kept; the same directory resumes.")] = Path(
+        "runs/text"
+    ),
+    variant: Annotated[
+        str, typer.Option(help="'moe', 'dense', 'gqa', or 'both' for moe and dense side by side.")
+    ] = "moe",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting, key=value; may be repeated.")
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Field that holds the text in JSON lines and Parquet.")] = "text",
+    json_output: JsonOption = False,
+) -> None:
+    """Pretrain a small model on your own text and measure it on the held-out last tenth.
+
+    Example: shoal pretrain --recipe text --data book.txt --set steps=200
+    """
+    from shoal.log import print_json
+    from shoal.recipes.text import run_text, text_config
+
+    config = text_config(recipe, variant=variant, overrides=set_ or [])
+    result = run_text(run_dir, data, config, text_key=text_key)
+    if json_output:
+        print_json(result)
+
+
+@app.command()
+def rl(
+    controls: Annotated[
+        bool,
+        typer.Option(
+            "--controls", help="Also run what must not work: no worked solutions in the base; a random reward."
+        ),
+    ] = False,
+    run_dir: Annotated[Path, typer.Option(help="A demo run to go on from, or a new directory.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option(help="The recipe that demo --quick runs.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """R1-Zero reinforcement learning on the demo's task, and its controls.
+
+    Example: shoal rl --controls
+    """
+    from shoal.log import print_json, say
+    from shoal.recipes.demo import demo_config, run_demo
+
+    result = run_demo(run_dir, demo_config(quick=quick), controls=controls)
+    say(f"report: {result.report}")
+    if json_output:
+        print_json({key: str(value) for key, value in asdict(result).items()})
+
+
+@app.command()
+def generate(
+    model: ModelArgument = None,
+    prompt: Annotated[str | None, typer.Option(help="Text of one user turn.")] = None,
+    prompt_ids: Annotated[str | None, typer.Option(help="Token ids instead, comma-separated.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Generated tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that reach this together.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal tokens.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Complete one prompt.
+
+    Example: shoal generate runs/demo --prompt "Mia has 7 shells, finds 8. How many shells now?"
+    """
+    from shoal.engine.one_prompt import complete_one
+    from shoal.log import print_json
+
+    result = complete_one(
+        model,
+        prompt=prompt,
+        prompt_ids=prompt_ids,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if json_output:
+        print_json(result)
+    else:
+        sys.stdout.write((str(result["text"]) if result["text"] is not None else str(result["token_ids"])) + "\n")
+
+
+@app.command()
+def chat(
+    model: ModelArgument = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 256,
+) -> None:
+    """Talk to a model in the terminal.
+
+    Example: shoal chat runs/demo
+    """
+    from shoal.engine.terminal_chat import chat_in_terminal
+
+    chat_in_terminal(model, temperature=temperature, max_tokens=max_tokens)
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address; others than 127.0.0.1 need an API key.")] = "127.0.0.1",
+    api_key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY", help="Ask this key of every request.")] = None,
+) -> None:
+    """Serve the chat page and an OpenAI- and DeepSeek-compatible API.
+
+    Example: shoal serve runs/demo --port 8000
+    """
+    _serve(model, host, port, api_key)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run directory.")] = Path("runs/demo"),
+    json_output: JsonOption = False,
+) -> None:
+    """Write report.html and report.json of a run.
+
+    Example: shoal report runs/demo
+    """
+    from shoal.log import print_json, say
+    from shoal.report import write_report
+
+    paths = write_report(run_dir)
+    say(f"wrote {paths.html} and {paths.json}")
+    if json_output:
+        print_json({"html": str(paths.html), "json": str(paths.json)})
+
+
+@app.command()
+def doctor(json_output: JsonOption = False) -> None:
+    """Say what this machine can do and what is missing.
+
+    Example: shoal doctor
+    """
+    from shoal.log import print_json
+    from shoal.recipes.doctor import examine
+
+    findings = examine()
+    if json_output:
+        print_json(findings)
+    else:
+        for name, value in findings.items():
+            sys.stdout.write(f"{name:<22} {value}\n")
+
+
+@app.command()
+def version() -> None:
+    """Print the version.
+
+    Example: shoal version
+    """
+    sys.stdout.write(__version__ + "\n")
+
+
+def _serve(model: Path | None, host: str, port: int, api_key: str | None) -> None:
+    from shoal.server.start import serve_model
+
+    serve_model(model, host=host, port=port, api_key=api_key)
+
+
+def _prepare_memory() -> None:
+    """Let the C allocator keep freed memory: training frees and takes the same large arrays every step."""
+    if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    import ctypes
+
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 64 << 20)
