@@ -322,7 +322,11 @@ def _verify(directory: Path) -> None:
 
 def _config_values(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist; name a model directory with config.json and safetensors.")
+        old = directory.with_name(directory.name + ".old")
+        hint = f" A save was interrupted: the model before it is in {old}." if old.is_dir() else ""
+        raise CheckpointError(
+            f"{directory} does not exist; name a model directory with config.json and safetensors.{hint}"
+        )
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is no model directory: it has no config.json.")
     return _json_object(directory / "config.json")
