@@ -4,6 +4,8 @@
 the `[B, S, V]` array of logits never has to exist. The model knows nothing of engines, trainers or files.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,8 +65,20 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(
             PredictionModule(config, DecoderLayer(config, config.num_hidden_layers + k)) for k in depth
         )
-        rotary_dim = config.qk_rope_head_dim if config.attention == "mla" else config.gqa_head_dim
-        self.register_buffer("rotation_TP", rotation_table(config, rotary_dim), persistent=False)
+        self.register_buffer("rotation_TP", self._rotation_table(), persistent=False)
+
+    def _rotation_table(self) -> Tensor:
+        config = self.config
+        return rotation_table(config, config.qk_rope_head_dim if config.attention == "mla" else config.gqa_head_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Moves and casts as any module, but the rotations: a cast to a real dtype would drop their imaginary half."""
+        rotation_TP = self._buffers.pop("rotation_TP")
+        super()._apply(fn, recurse)
+        device = self.embed_tokens.weight.device
+        assert rotation_TP is not None
+        self._buffers["rotation_TP"] = (self._rotation_table() if rotation_TP.is_meta else rotation_TP).to(device)
+        return self
 
     @property
     def head_weight_VD(self) -> Tensor:
