@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.device import fast_dtype
 from shoal.kernels.dispatch import rms_norm
 
 
@@ -69,6 +70,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of matrix products that a config's `precision` means: "auto", "fp32" or "bf16"; None leaves float32."""
+    if precision == "auto":
+        fast = fast_dtype(device)
+        return None if fast == torch.float32 else fast
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -5,9 +5,11 @@ attention, or moe and dense side by side on the same tokens in the same order.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from shoal.checkpoint.hf_format import save_model
 from shoal.config import ModelConfig
@@ -195,9 +197,9 @@ def _train_variant(
         return found
 
     loader = Loader(shards["train"], seed=config.training.seed, **layout)
-    result = train(model, replace(config.training), loader, directory, stage=variant, evaluate=held_out)
+    result = train(model, config.training, loader, directory, stage=variant, evaluate=held_out)
     target = directory / ("model" if variant == config.variants[0] else f"model-{variant}")
-    save_model(target, model.config, model.state_dict())
+    save_model(target, model.config, model.state_dict(), dtype=torch.float32)
     tokenizer.save(target)
     ChatTemplate.default(tokenizer).save(target)
     assert result.evaluation is not None

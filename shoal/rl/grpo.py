@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from shoal.device import fast_dtype, peak_memory_bytes
+from shoal.device import peak_memory_bytes
 from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
-from shoal.model.layers import set_compute_dtype
+from shoal.model.layers import compute_dtype, set_compute_dtype
 from shoal.model.transformer import Transformer
 from shoal.rl.advantage import group_advantages, informative_fraction, rloo_advantages
 from shoal.rl.objective import ObjectiveConfig
@@ -59,6 +59,8 @@ class GrpoConfig:
     """How often the KL reference becomes the current policy; used only with a KL coefficient."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-4, weight_decay=0.0))
     warmup_steps: int = 5
+    decay_fraction: float = 0.0
+    """Share of the steps, at the end, in which the rate falls linearly to a tenth; 0 keeps it, as published."""
     bias_speed: float = 1e-3
     mtp_weight: float = 0.1
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -142,7 +144,7 @@ class _Grpo:
         self.model, self.config, self.problems, self.prompter, self.stage = model, config, problems, prompter, stage
         self.reward, self.after_step = reward, after_step
         self.optimizers = OptimizerSet(model, config.optimizer)
-        self.schedule = Schedule(kind="constant", warmup_steps=config.warmup_steps, total_steps=config.steps)
+        self.schedule = _schedule(config)
         self.engine = Engine(model, max_rows=max(config.prompts_per_step * config.group_size, 1))
         self.reference = copy.deepcopy(model) if config.objective.kl_coefficient > 0 else None
         self.checkpoint_dir = run_dir / "checkpoints" / stage
@@ -155,8 +157,7 @@ class _Grpo:
     def run(self) -> GrpoResult:
         """Sample, score, update, until all steps are done."""
         device = self.model.embed_tokens.weight.device
-        dtype = {"auto": fast_dtype(device), "fp32": None, "bf16": torch.bfloat16}[self.config.precision]
-        set_compute_dtype(self.model, dtype)
+        set_compute_dtype(self.model, compute_dtype(self.config.precision, device))
         torch.manual_seed(self.config.seed)
         self._resume()
         started_s, first_step = time.monotonic(), self.step_done
@@ -314,6 +315,19 @@ class _Scores:
     total_M: Tensor
     right: list[bool]
     formats: list[float]
+
+
+def _schedule(config: GrpoConfig) -> Schedule:
+    warmup = min(config.warmup_steps, int(config.steps * (1 - config.decay_fraction)))
+    if not config.decay_fraction:
+        return Schedule(kind="constant", warmup_steps=warmup, total_steps=config.steps)
+    return Schedule(
+        kind="wsd",
+        warmup_steps=warmup,
+        total_steps=config.steps,
+        decay_fraction=config.decay_fraction,
+        min_fraction=0.1,
+    )
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:

@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from shoal.device import fast_dtype, peak_memory_bytes
+from shoal.device import peak_memory_bytes
 from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
-from shoal.model.layers import set_compute_dtype
+from shoal.model.layers import compute_dtype, set_compute_dtype
 from shoal.model.load_balance import max_violation
 from shoal.model.transformer import Transformer
 from shoal.text.packing import Batch
@@ -138,9 +138,7 @@ class _Training:
     def run(self) -> TrainingResult:
         """Train, then evaluate once more."""
         device = self.model.embed_tokens.weight.device
-        set_compute_dtype(
-            self.model, {"auto": fast_dtype(device), "fp32": None, "bf16": torch.bfloat16}[self.config.precision]
-        )
+        set_compute_dtype(self.model, compute_dtype(self.config.precision, device))
         if self.config.compile:
             for layer in self.model.layers:
                 layer.compile()
