@@ -65,7 +65,7 @@ class Run:
             finished = True
         finally:
             wall_s = time.monotonic() - started_s + earlier.get("wall_s", 0.0)
-            reading = meter.reading
+            reading = meter.reading()
             used_j = (reading.joules or 0.0) + earlier.get("energy_j", 0.0)
             record = {"wall_s": wall_s, "energy_j": used_j, "energy_kind": reading.kind, "done": finished, **facts}
             self.stages[name] = {"started": earlier.get("started", time.time() - wall_s), **record}
