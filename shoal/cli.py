@@ -31,7 +31,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 def main() -> None:
     """Entry point of the `shoal` command."""
-    _prepare_memory()
+    prepare_memory()
     try:
         app()
     except ShoalError as error:
@@ -233,7 +233,7 @@ def _serve(model: Path | None, host: str, port: int, api_key: str | None) -> Non
     serve_model(model, host=host, port=port, api_key=api_key)
 
 
-def _prepare_memory() -> None:
+def prepare_memory() -> None:
     """Let the C allocator keep freed memory: training frees and takes the same large arrays every step."""
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
