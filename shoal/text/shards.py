@@ -51,7 +51,7 @@ class ShardWriter:
         self._tokens: list[NDArray[Any]] = []
         self._labels: list[NDArray[np.uint8]] = []
         self._lengths: list[int] = []
-        self._masked = False
+        self._masked, self._pending = False, 0
         self._shards: list[dict[str, Any]] = []
 
     def add(self, token_ids: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[bool] | None = None) -> None:
@@ -65,7 +65,8 @@ class ShardWriter:
         self._labels.append(np.ones(len(ids), np.uint8) if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8))
         self._masked |= loss_mask is not None
         self._lengths.append(len(ids))
-        if sum(self._lengths) >= self.shard_tokens:
+        self._pending += len(ids)
+        if self._pending >= self.shard_tokens:
             self._flush()
 
     def close(self) -> ShardIndex:
@@ -107,7 +108,7 @@ class ShardWriter:
         self._shards.append(
             {"name": name, "num_tokens": int(offsets[-1]), "num_documents": len(self._lengths), "files": files}
         )
-        self._tokens, self._labels, self._lengths = [], [], []
+        self._tokens, self._labels, self._lengths, self._pending = [], [], [], 0
 
 
 class Shards:

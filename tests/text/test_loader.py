@@ -1,0 +1,82 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from shoal.errors import DataError
+from shoal.text.loader import Loader, evaluation_batches
+from shoal.text.packing import IGNORE_LABEL, batch_of_documents, pack_documents
+from shoal.text.shards import Shards, ShardWriter
+
+
+@pytest.fixture
+def shards(tmp_path):
+    generator = np.random.default_rng(0)
+    writer = ShardWriter(tmp_path, vocab_size=1000, tokenizer_digest="abc")
+    for number in range(60):
+        writer.add(np.full(generator.integers(3, 12), number), None)
+    writer.close()
+    return Shards.open(tmp_path)
+
+
+def _loader(shards, mode="pack", **changes):
+    return Loader(shards, **{"batch_rows": 3, "row_tokens": 16, "seed": 5, "mode": mode, "pad_token": 999, **changes})
+
+
+def _same(first, second):
+    names = ("token_BS", "label_BS", "document_BS", "position_BS")
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
+
+
+@pytest.mark.parametrize("mode", ["pack", "stream"])
+def test_a_resumed_loader_goes_on_as_if_never_stopped(shards, mode):
+    whole = list(itertools.islice(_loader(shards, mode), 40))
+    stopped = _loader(shards, mode)
+    list(itertools.islice(stopped, 23))
+    resumed = _loader(shards, mode)
+    resumed.load_state_dict(stopped.state_dict())
+    assert all(_same(a, b) for a, b in zip(whole[23:], itertools.islice(resumed, 17)))
+
+
+def test_every_document_appears_once_per_epoch_and_orders_differ(shards):
+    rows = pack_documents(shards.document_lengths().tolist(), 16, seed=0)
+    assert sorted(number for row in rows for number in row) == list(range(60))
+    lengths = shards.document_lengths()
+    assert all(sum(lengths[number] for number in row) <= 16 for row in rows)
+    assert sum(lengths) / (16 * len(rows)) > 0.9
+    assert pack_documents(lengths.tolist(), 16, seed=0) == rows != pack_documents(lengths.tolist(), 16, seed=1)
+
+
+def test_labels_stay_inside_their_document_and_positions_restart():
+    documents = [(np.array([1, 2, 3]), None), (np.array([4, 5]), np.array([False, True]))]
+    batch = batch_of_documents(documents, [[0, 1]], row_tokens=7, pad_token=9)
+    assert batch.token_BS.tolist() == [[1, 2, 3, 4, 5, 9, 9]]
+    assert batch.label_BS.tolist() == [[2, 3, IGNORE_LABEL, 5, *[IGNORE_LABEL] * 3]]
+    assert batch.document_BS.tolist() == [[0, 0, 0, 1, 1, -1, -1]]
+    assert batch.position_BS.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+
+
+def test_masked_tokens_are_no_labels():
+    batch = batch_of_documents([(np.array([1, 2, 3, 4]), np.array([False, False, True, True]))], [[0]], 4, 0)
+    assert batch.label_BS.tolist() == [[IGNORE_LABEL, 3, 4, IGNORE_LABEL]]
+
+
+def test_stream_windows_cover_the_text_without_repeating_in_an_epoch(shards):
+    loader = _loader(shards, "stream", batch_rows=1)
+    starts = loader._rows
+    assert len(set(starts)) == len(starts)
+    assert all((b - a) % 16 == 0 for a, b in zip(sorted(starts), sorted(starts)[1:]))
+
+
+def test_evaluation_takes_every_label_once(shards):
+    batches = list(evaluation_batches(shards, batch_rows=4, row_tokens=16, mode="stream"))
+    assert sum((batch.label_BS != IGNORE_LABEL).sum() for batch in batches) == shards.num_tokens - 1
+    packed = list(evaluation_batches(shards, batch_rows=4, row_tokens=16, mode="pack"))
+    assert sum((batch.label_BS != IGNORE_LABEL).sum() for batch in packed) == shards.num_tokens - shards.num_documents
+
+
+def test_documents_longer_than_a_row_and_tiny_corpora_are_refused(shards):
+    with pytest.raises(DataError, match="does not fit a row of 8"):
+        _loader(shards, row_tokens=8)
+    with pytest.raises(DataError, match="a batch needs 500"):
+        _loader(shards, batch_rows=500)

@@ -1,0 +1,98 @@
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.errors import DataError, DiskFullError
+from shoal.text import shards as shards_module
+from shoal.text.shards import Shards, ShardWriter
+
+
+def _write(directory: Path, documents, *, vocab_size=100, shard_tokens=7, masks=None) -> None:
+    writer = ShardWriter(directory, vocab_size=vocab_size, tokenizer_digest="abc", shard_tokens=shard_tokens)
+    for number, document in enumerate(documents):
+        writer.add(document, None if masks is None else masks[number])
+    writer.close()
+
+
+def test_documents_come_back_as_written_over_several_shards(tmp_path):
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [99]]
+    masks = [[False, True, True], [True], [False, False, True, True], [True, True], [False]]
+    _write(tmp_path, documents, masks=masks)
+    opened = Shards.open(tmp_path, expected_digest="abc")
+    assert opened.num_documents == 5 and opened.num_tokens == 11
+    assert len(list(tmp_path.glob("*.tokens"))) == 2
+    for number, (document, mask) in enumerate(zip(documents, masks)):
+        tokens, labels = opened.document(number)
+        assert tokens.tolist() == document and labels.tolist() == mask
+    assert opened.document_lengths().tolist() == [3, 1, 4, 2, 1]
+    assert opened.stream().tolist() == [token for document in documents for token in document]
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    _write(tmp_path, [[1, 129_279]], vocab_size=129_280)
+    tokens, labels = Shards.open(tmp_path).document(0)
+    assert tokens.tolist() == [1, 129_279] and labels is None
+
+
+def test_a_tampered_shard_is_refused(tmp_path):
+    _write(tmp_path, [[1, 2, 3, 4]])
+    path = next(tmp_path.glob("*.tokens"))
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="checksum"):
+        Shards.open(tmp_path)
+
+
+def test_a_truncated_shard_is_refused_even_without_checksums(tmp_path):
+    _write(tmp_path, [[1, 2, 3, 4]])
+    path = next(tmp_path.glob("*.tokens"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="cut off"):
+        Shards.open(tmp_path, verify=False)
+
+
+def test_missing_parts_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"index\.json"):
+        Shards.open(tmp_path)
+    _write(tmp_path, [[1, 2]])
+    next(tmp_path.glob("*.offsets")).unlink()
+    with pytest.raises(DataError, match="offsets is missing"):
+        Shards.open(tmp_path)
+
+
+def test_shards_of_another_tokenizer_are_refused(tmp_path):
+    _write(tmp_path, [[1, 2]])
+    with pytest.raises(DataError, match="another tokenizer"):
+        Shards.open(tmp_path, expected_digest="other")
+
+
+def test_a_damaged_index_is_refused(tmp_path):
+    _write(tmp_path, [[1, 2]])
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(DataError, match="damaged"):
+        Shards.open(tmp_path)
+
+
+def test_ids_outside_the_vocabulary_and_empty_corpora_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
+    with pytest.raises(DataError, match=r"0\.\.9"):
+        writer.add([3, 10])
+    with pytest.raises(DataError, match="no tokens"):
+        writer.close()
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
+    writer.add(np.arange(5))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(shards_module.os, "fsync", full)
+    with pytest.raises(DiskFullError, match="free some space"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
