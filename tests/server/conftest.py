@@ -1,0 +1,86 @@
+"""A real server on a free port: a tiny random model, a real tokenizer, uvicorn in a thread."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import uvicorn
+
+from shoal.config import ModelConfig
+from shoal.engine.engine import Engine
+from shoal.model.transformer import Transformer, initialise
+from shoal.server.app import build_app
+from shoal.server.chat import ServedModel
+from shoal.server.worker import EngineWorker
+from shoal.text.chat_template import ChatTemplate
+from shoal.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Running:
+    """Where a server listens and what it serves."""
+
+    url: str
+    served: ServedModel
+
+
+def tiny_served() -> ServedModel:
+    """A random model of a real tokenizer's size."""
+    tokenizer = Tokenizer.train(["how many fish are in the shoal? 12 fish."] * 4, 300)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    model = Transformer(config)
+    initialise(model, 0)
+    engine = Engine(model.eval())
+    return ServedModel(
+        name="tiny",
+        worker=EngineWorker(engine),
+        tokenizer=tokenizer,
+        template=ChatTemplate.default(tokenizer),
+        max_context=256,
+        description="Random weights, for tests.",
+        suggestions=["how many fish?", "<b>bold?</b>"],
+    )
+
+
+def run_server(api_key: str | None = None) -> Iterator[Running]:
+    served = tiny_served()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = uvicorn.Config(build_app(served, api_key=api_key), host="127.0.0.1", port=port, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield Running(f"http://127.0.0.1:{port}", served)
+    server.should_exit = True
+    thread.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    yield from run_server()
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Running]:
+    yield from run_server(api_key="secret")
