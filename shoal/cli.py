@@ -134,7 +134,7 @@ def generate(
 ) -> None:
     """Complete one prompt.
 
-    Example: shoal generate runs/demo --prompt "Mia has 7 shells, finds 8. How many shells now?"
+    Example: shoal generate runs/demo --prompt "Mia has 37 shells, finds 8. How many shells now?"
     """
     from shoal.engine.one_prompt import complete_one
     from shoal.log import print_json

@@ -49,8 +49,8 @@ class DemoConfig:
     corpus: CorpusConfig
     vocab_size: int = 448
     model: ModelConfig
-    batch_rows: int = 32
-    row_tokens: int = 128
+    batch_rows: int = 26
+    row_tokens: int = 160
     pretraining: TrainingConfig
     rl: GrpoConfig
     rl_seeds: tuple[int, ...] = (0, 1, 2)

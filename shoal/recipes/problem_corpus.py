@@ -67,7 +67,7 @@ def arithmetic_lines(rng: random.Random) -> str:
     """A few unrelated true equations."""
     lines = []
     for _ in range(rng.randint(2, 5)):
-        left, right = rng.randint(2, 60), rng.randint(2, 9)
+        left, right = rng.randint(2, 99), rng.randint(2, 9)
         plus = rng.random() < 0.6 or right > left
         lines.append(f"{left}+{right}={left + right}" if plus else f"{left}-{right}={left - right}")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Word problems that are sums in disguise: "Mia has 7 shells, finds 8, loses 5. How many shells now?"
+"""Word problems that are sums in disguise: "Mia has 37 shells, finds 8, loses 5. How many shells now?"
 
 Direct answers need the whole chain in one glance; written out, every step is easy. That gap between answering and working
 is what reinforcement learning can find. Each happening has its own verb, so a worked solution can walk through the story
-line by line: `finds 8: 7+8=15`.
+line by line: `finds 8: 37+8=45`.
 """
 
 import random
@@ -28,6 +28,7 @@ THINGS = (
 GAINS = ("finds", "buys", "gets", "wins", "makes", "picks")
 LOSSES = ("loses", "sells", "gives", "drops", "breaks", "eats")
 SMALLEST, LARGEST = 2, 9
+FIRST = (10, 60)
 
 
 class ChainSum:
@@ -42,7 +43,7 @@ class ChainSum:
     def generate(self, rng: random.Random, difficulty: int) -> Problem:
         """A story whose total never falls below zero."""
         while True:
-            start = rng.randint(SMALLEST, LARGEST)
+            start = rng.randint(*FIRST)
             gains, losses = rng.sample(GAINS, len(GAINS)), rng.sample(LOSSES, len(LOSSES))
             total, events = start, []
             for _ in range(difficulty - 1):
