@@ -18,8 +18,6 @@ from shoal.log import duration, read_metrics
 from shoal.planner.cost import cpu_assumptions, training_cost
 from shoal.planner.counts import (
     cache_bytes_per_token,
-    gqa_cache_bytes_per_token,
-    mha_cache_bytes_per_token,
     parameter_counts,
     training_flops_per_token,
 )
@@ -130,8 +128,8 @@ def summarise(run: RunRecord) -> dict[str, Any]:
         "parameters": counts.total,
         "active_parameters": counts.active,
         "kv_bytes_per_token": cache_bytes_per_token(model, 4),
-        "kv_bytes_per_token_mha": mha_cache_bytes_per_token(model, 4),
-        "kv_bytes_per_token_gqa": gqa_cache_bytes_per_token(model, bytes_per_element=4),
+        "kv_bytes_per_token_mha": cache_bytes_per_token(_baseline(model, model.num_attention_heads), 4),
+        "kv_bytes_per_token_gqa": cache_bytes_per_token(_baseline(model, max(1, model.num_attention_heads // 2)), 4),
         "maxvio": _final(run, "max_vio_global"),
         "bits_per_byte": _final(run, "eval_bits_per_byte"),
         "mtp_acceptance": _final(run, "eval_mtp_acceptance"),
@@ -144,6 +142,11 @@ def summarise(run: RunRecord) -> dict[str, Any]:
     if run.evaluation:
         summary["rl"] = _rl_summary(run.evaluation)
     return summary
+
+
+def _baseline(model: ModelConfig, key_value_heads: int) -> ModelConfig:
+    """The same shape with ordinary heads of `hidden_size / heads`: the baseline that Shoal itself would train."""
+    return model.replace(attention="gqa", num_key_value_heads=key_value_heads)
 
 
 def _rl_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,26 @@
 """The task families, by name."""
 
+from shoal.rl.tasks.addition import Addition
 from shoal.rl.tasks.chain_sum import ChainSum
+from shoal.rl.tasks.countdown import Countdown
+from shoal.rl.tasks.grid_path import GridPath
+from shoal.rl.tasks.knights import Knights
+from shoal.rl.tasks.multiplication import Multiplication
+from shoal.rl.tasks.parity import Parity
+from shoal.rl.tasks.sorting import Sorting
 from shoal.rl.tasks.task import Problem, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (ChainSum(),)}
+FAMILIES: tuple[Task, ...] = (
+    ChainSum(),
+    Addition(),
+    Multiplication(),
+    Countdown(),
+    Parity(),
+    Sorting(),
+    Knights(),
+    GridPath(),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in FAMILIES}
 
 __all__ = ["TASKS", "Problem", "Task"]
