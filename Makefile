@@ -1,0 +1,46 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up first, from a fresh clone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+DEMO_FLAGS := $(if $(QUICK),--quick --run-dir runs/demo-quick) $(if $(NO_SERVE),--no-serve)
+
+.PHONY: setup demo test lint bench docs clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "python 3.10 or newer is needed; set PYTHON=")'
+	@echo "setting up $(VENV): about two minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and pinned: a looser requirement would pull gigabytes of CUDA packages
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 2>&1 | grep -v WARNING || true
+	@$(BIN)/python -c 'import torch' || { echo "torch 2.13.0 could not be installed; install torch into $(VENV) by hand, then run make again"; exit 2; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' 2>&1 | grep -v WARNING || true
+	@$(BIN)/python -c 'import shoal, fastapi, transformers, pytest'
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+	  echo "installing chromium for the browser tests"; \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1 || echo "no chromium: browser tests will be skipped"; fi
+	@$(BIN)/python -c 'from shoal.kernels.cpu.build import library; print("cpu kernels:", "built" if library() else "not built")'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/shoal demo $(DEMO_FLAGS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check shoal tests benchmarks
+	$(BIN)/ruff format --check shoal tests benchmarks
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json
+
+docs: setup
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
