@@ -27,6 +27,7 @@ FLOORS = {
     "report": 7,
     "recipes": 8,
     "cli": 9,
+    "__main__": 10,
 }
 WITHOUT_TORCH = ("text", "planner", "report", "config", "errors", "log", "presets")
 FORBIDDEN_CALLS = {

@@ -66,7 +66,7 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
     """The recipe `demo`: about 13 minutes on two cores; `quick`: under 3."""
     steps = 150 if quick else 1100
     config = DemoConfig(
-        corpus=CorpusConfig(documents=12_000 if quick else 100_000, difficulty=3 if quick else 7, worked_share=0.15),
+        corpus=CorpusConfig(documents=12_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15),
         model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
         pretraining=TrainingConfig(
             steps=steps,
@@ -74,18 +74,19 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
             schedule=Schedule(kind="wsd", warmup_steps=20, total_steps=steps, decay_fraction=0.6),
             bias_speed=3e-3,
             log_every=5,
-            checkpoint_every=200,
+            evaluate_every=100,
+            checkpoint_every=100,
         ),
         rl=GrpoConfig(
             steps=48,
             prompts_per_step=16,
-            optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.0),
+            optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.0),
             decay_fraction=0.5,
             max_response_tokens=128,
             bias_speed=3e-3,
             precision="auto",
         ),
-        estimates_s={"pretrain": 420, "rl": 80, "evaluate": 15},
+        estimates_s={"shards": 8, "pretrain": 330, "evaluate": 8, "rl": 120},
     )
     if quick:
         rl = replace(config.rl, steps=12, prompts_per_step=16)

@@ -84,13 +84,13 @@ def text_config(recipe: str, *, variant: str = "moe", overrides: list[str]) -> T
             muon_learning_rate=values["muon_learning_rate"],
             weight_decay=values["weight_decay"],
         ),
-        schedule=Schedule(kind="wsd", warmup_steps=min(20, steps), total_steps=steps, decay_fraction=0.6),
+        schedule=Schedule(kind="wsd", warmup_steps=min(20, int(0.4 * steps)), total_steps=steps, decay_fraction=0.6),
         weights=LossWeights(mtp=0.0),
         bias_speed=3e-3,
         seed=int(values["seed"]),
         log_every=5,
         evaluate_every=max(1, steps // 4),
-        checkpoint_every=200,
+        checkpoint_every=100,
     )
     return TextConfig(
         vocab_size=int(values["vocab_size"]),

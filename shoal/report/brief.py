@@ -30,7 +30,7 @@ STYLE = """
 h1,h2{font-family:"Iowan Old Style",Palatino,Georgia,serif;font-weight:600}h1{margin:0;font-size:2rem}h2{margin:2.2rem 0 .6rem;font-size:1.35rem}
 p{max-width:44rem}.quiet,figcaption{color:var(--quiet);font-size:.88rem}.tiles{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));margin:1.4rem 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:.8rem 1rem}.tile b{display:block;font:600 1.5rem/1.2 Georgia,serif;font-variant-numeric:tabular-nums}
-.plots{display:grid;gap:1.2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}figure{margin:0}svg{width:100%;height:auto;display:block}
+.plots{display:grid;gap:1.2rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr))}figure{margin:0}svg{width:100%;max-width:30rem;height:auto;display:block}
 svg text{fill:var(--quiet);font:12px system-ui,sans-serif}svg .title{fill:var(--ink);font-weight:600;font-size:13px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%;font-size:.93rem}th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}.scroll{overflow-x:auto}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem 1rem;font-size:.84rem}

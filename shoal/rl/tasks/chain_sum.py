@@ -37,7 +37,7 @@ class ChainSum:
     name = "chain_sum"
     description = "short stories of things gained and lost: how many are there now?"
     difficulties = range(2, 8)
-    default_difficulty = 7
+    default_difficulty = 6
     constant_answer_bound = 0.08
 
     def generate(self, rng: random.Random, difficulty: int) -> Problem:
