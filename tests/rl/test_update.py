@@ -1,0 +1,221 @@
+import random
+
+import pytest
+import torch
+
+from shoal.engine.engine import Engine
+from shoal.errors import ConfigError, TaskError
+from shoal.model.transformer import Transformer, initialise
+from shoal.rl.advantage import group_advantages
+from shoal.rl.grpo import GrpoConfig, problems_of_step, shows_work, train_grpo
+from shoal.rl.objective import ObjectiveConfig, policy_objective
+from shoal.rl.rollout import Prompter, sample_rollouts
+from shoal.rl.tasks import TASKS
+from shoal.rl.update import update_policy
+from shoal.text.chat_template import ChatTemplate
+from shoal.text.tokenizer import Tokenizer
+from shoal.training.optimizer import OptimizerConfig, OptimizerSet
+from tests.model.test_mla import TINY
+
+TOKENIZER = Tokenizer.train(["What is 3 + 4? The sum is 7."] * 3, 280)
+PROMPTER = Prompter(TOKENIZER, ChatTemplate.default(TOKENIZER))
+PROBLEMS = [TASKS["addition"].generate(random.Random(number), 1) for number in range(12)]
+
+
+def _model(**changes):
+    model = Transformer(TINY.replace(vocab_size=TOKENIZER.vocab_size, max_position_embeddings=128, **changes))
+    initialise(model, 0)
+    return model
+
+
+def _rollouts(model, seed=0):
+    return sample_rollouts(Engine(model), PROMPTER, PROBLEMS[:3], group_size=4, max_tokens=9, seed=seed)
+
+
+def _advantages(rollouts):
+    reward = torch.tensor([float(sum(completion.token_ids) % 2) for completion in rollouts.completions])
+    reward[8:] = 1.0  # the last group is all alike
+    return group_advantages(reward, 4)
+
+
+def _update(model, rollouts, advantage, objective=None, **options):
+    settings = {
+        "row_tokens": 64,
+        "micro_batch_answers": 100,
+        "temperature": 1.0,
+        "bias_speed": 0.0,
+        "mtp_weight": 0.0,
+        **options,
+    }
+    captured = {}
+    optimizers = OptimizerSet(model, OptimizerConfig(learning_rate=1e-3, clip_norm=0.0))
+    optimizers.step = lambda: (
+        captured.update({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}) or 0.0
+    )
+    result = update_policy(
+        model, optimizers, rollouts, advantage, [True] * len(advantage), objective or ObjectiveConfig(), **settings
+    )
+    return result, captured
+
+
+def test_the_packed_gradient_equals_one_answer_at_a_time():
+    model = _model()
+    rollouts = _rollouts(model)
+    advantage = _advantages(rollouts)
+    _, packed = _update(model, rollouts, advantage)
+    model.zero_grad()
+    total = rollouts.num_response_tokens
+    for index, completion in enumerate(rollouts.completions):
+        prompt = rollouts.prompt_ids[index]
+        ids = torch.tensor([[*prompt, *completion.token_ids]])
+        every = model.logits(model(ids)).log_softmax(-1)[0, len(prompt) - 1 : -1]
+        logprob = every.gather(1, ids[0, len(prompt) :].unsqueeze(1)).t()
+        outcome = policy_objective(
+            logprob,
+            torch.tensor([completion.logprobs]),
+            advantage[index : index + 1],
+            torch.ones_like(logprob, dtype=torch.bool),
+            ObjectiveConfig(),
+            num_tokens_total=total,
+            num_sequences_total=12,
+        )
+        outcome.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(packed[name], parameter.grad, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"row_tokens": 200}, {"micro_batch_answers": 2}, {"micro_batch_answers": 5, "row_tokens": 40}]
+)
+def test_the_gradient_does_not_depend_on_packing(options):
+    model = _model()
+    rollouts = _rollouts(model)
+    _, plain = _update(model, rollouts, _advantages(rollouts))
+    model.zero_grad()
+    _, other = _update(model, rollouts, _advantages(rollouts), **options)
+    for name, gradient in plain.items():
+        if gradient is not None:
+            assert torch.allclose(gradient, other[name], atol=1e-5), name
+
+
+def test_on_policy_the_engine_and_the_trainer_agree():
+    model = _model()
+    rollouts = _rollouts(model)
+    result, _ = _update(model, rollouts, _advantages(rollouts))
+    assert result.mismatch < 1e-4 and result.clip_fraction == 0
+
+
+def test_answers_without_advantage_are_left_out():
+    model = _model()
+    rollouts = _rollouts(model)
+    advantage = _advantages(rollouts)
+    result, _ = _update(model, rollouts, advantage)
+    assert result.num_tokens == sum(len(c.token_ids) for c, a in zip(rollouts.completions, advantage) if float(a) != 0)
+    nothing, _ = _update(model, rollouts, torch.zeros(12))
+    assert nothing.grad_norm is None and nothing.num_tokens == 0
+
+
+def test_drafts_learn_behind_a_detached_trunk():
+    model = _model(num_nextn_predict_layers=1)
+    rollouts = _rollouts(model)
+    _, with_drafts = _update(model, rollouts, _advantages(rollouts), mtp_weight=1.0)
+    model.zero_grad()
+    _, without = _update(model, rollouts, _advantages(rollouts))
+    for name, gradient in with_drafts.items():
+        if name.startswith("mtp."):
+            assert without[name] is None and (gradient is None or gradient.isfinite().all())
+        else:
+            assert torch.allclose(gradient, without[name], atol=1e-6), name
+    assert any(
+        gradient is not None and float(gradient.abs().max()) > 0
+        for name, gradient in with_drafts.items()
+        if name.startswith("mtp.")
+    )
+
+
+def _config(**changes):
+    return GrpoConfig(
+        **{
+            "steps": 4,
+            "prompts_per_step": 3,
+            "group_size": 4,
+            "max_response_tokens": 8,
+            "checkpoint_every": 2,
+            **changes,
+        }
+    )
+
+
+def test_a_stopped_stage_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        if step == 3:
+            raise Stop
+
+    objective = ObjectiveConfig(kl_coefficient=0.01)
+    whole, broken = _model(), _model()
+    train_grpo(whole, _config(objective=objective), PROBLEMS, PROMPTER, tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_grpo(broken, _config(objective=objective), PROBLEMS, PROMPTER, tmp_path / "broken", after_step=stop)
+    resumed = _model()
+    train_grpo(resumed, _config(objective=objective), PROBLEMS, PROMPTER, tmp_path / "broken")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_reward_alone_teaches_and_a_coin_does_not(tmp_path):
+    """Answers that begin with an even token become the rule under the reward, not under a coin."""
+
+    def reward(prompts, completions, completion_ids, **columns):
+        return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+    def coin(prompts, completions, completion_ids, **columns):
+        return [float(random.Random(f"{place}{ids}").random() < 0.5) for place, ids in enumerate(completion_ids)]
+
+    def share(model):
+        rollouts = sample_rollouts(Engine(model), PROMPTER, PROBLEMS, group_size=16, max_tokens=1, seed=99)
+        return sum(c.token_ids[0] % 2 == 0 for c in rollouts.completions) / len(rollouts.completions)
+
+    learning = OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+    config = _config(steps=30, prompts_per_step=6, group_size=16, max_response_tokens=2, optimizer=learning)
+    model, control = _model(), _model()
+    before = share(model)
+    train_grpo(model, config, PROBLEMS, PROMPTER, tmp_path / "reward", reward=reward)
+    train_grpo(control, config, PROBLEMS, PROMPTER, tmp_path / "coin", reward=coin)
+    assert before < 0.7 and share(model) > 0.9 and share(control) < 0.75
+
+
+@pytest.mark.parametrize("values", [lambda n: [0.0] * (n - 1), lambda n: [float("nan")] * n])
+def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path, values):
+    with pytest.raises(TaskError, match="broken"):
+
+        def broken(prompts, completions, completion_ids, **columns):
+            return values(len(prompts))
+
+        train_grpo(_model(), _config(), PROBLEMS, PROMPTER, tmp_path, reward=broken)
+
+
+def test_every_problem_is_asked_once_per_pass():
+    asked = [problem.prompt for step in range(4) for problem in problems_of_step(PROBLEMS, step, 3, seed=0)]
+    assert sorted(asked) == sorted(problem.prompt for problem in PROBLEMS)
+    assert problems_of_step(PROBLEMS, 1, 3, seed=0) == problems_of_step(PROBLEMS, 1, 3, seed=0)
+
+
+def test_work_is_something_in_the_think_block():
+    assert shows_work("<think>1+1=2</think><answer>2</answer>")
+    assert not shows_work("<think> \n</think><answer>2</answer>") and not shows_work("1+1=2")
+
+
+@pytest.mark.parametrize("changes", [{"group_size": 1}, {"minibatches": 2}, {"temperature": 0.0}, {"steps": 0}])
+def test_impossible_settings_are_refused(changes):
+    with pytest.raises(ConfigError):
+        _config(**changes)
+
+
+def test_too_few_problems_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="fewer than prompts_per_step"):
+        train_grpo(_model(), _config(), PROBLEMS[:2], PROMPTER, tmp_path)
