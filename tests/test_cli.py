@@ -74,6 +74,7 @@ def test_generate_prints_one_object_with_token_ids(model_dir):
 )
 def test_mistakes_end_with_one_message_and_exit_code_two(arguments, part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     result = shoal(*arguments)
     assert result.returncode == 2 and part in result.stderr and "Traceback" not in result.stderr
 

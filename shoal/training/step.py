@@ -118,4 +118,4 @@ def finish_step(model: Transformer, optimizers: OptimizerSet, tracker: CountTrac
 def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, labels, documents, positions as int64 tensors."""
     arrays = (batch.token_BS, batch.label_BS, batch.document_BS, batch.position_BS)
-    return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)  # type: ignore[return-value]
+    return tuple(torch.from_numpy(np.array(array)).to(device) for array in arrays)  # type: ignore[return-value]
