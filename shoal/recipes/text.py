@@ -103,8 +103,8 @@ def text_config(recipe: str, *, variant: str = "moe", overrides: list[str]) -> T
 
 
 SETTINGS: dict[str, float] = {
-    "steps": 900,
-    "vocab_size": 1024,
+    "steps": 620,
+    "vocab_size": 512,
     "width": 192,
     "layers": 4,
     "batch_rows": 32,
