@@ -64,9 +64,9 @@ class DemoConfig:
 
 def demo_config(*, quick: bool = False) -> DemoConfig:
     """The recipe `demo`: about 13 minutes on two cores; `quick`: under 3."""
-    steps = 150 if quick else 1100
+    steps = 400 if quick else 1100
     config = DemoConfig(
-        corpus=CorpusConfig(documents=12_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15),
+        corpus=CorpusConfig(documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15),
         model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
         pretraining=TrainingConfig(
             steps=steps,
@@ -89,14 +89,14 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
         estimates_s={"shards": 8, "pretrain": 330, "evaluate": 8, "rl": 120},
     )
     if quick:
-        rl = replace(config.rl, steps=12, prompts_per_step=16)
+        rl = replace(config.rl, steps=24)
         return replace(
             config,
             rl=rl,
             rl_seeds=(0,),
             held_out_problems=64,
             samples_per_problem=8,
-            estimates_s={"pretrain": 45, "rl": 20},
+            estimates_s={"pretrain": 115, "rl": 25},
         )
     return config
 
