@@ -61,6 +61,10 @@ class ShardWriter:
             return
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             raise DataError(f"token ids must be in 0..{self.vocab_size - 1}; got {int(ids.min())}..{int(ids.max())}.")
+        if loss_mask is not None and len(loss_mask) != len(ids):
+            raise DataError(
+                f"a loss mask of {len(loss_mask)} entries was given for {len(ids)} tokens; give one entry per token."
+            )
         self._tokens.append(ids.astype(self.dtype))
         self._labels.append(np.ones(len(ids), np.uint8) if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8))
         self._masked |= loss_mask is not None

@@ -96,3 +96,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match="free some space"):
         writer.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mask_of_another_length_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
+    with pytest.raises(DataError, match="one entry per token"):
+        writer.add([1, 2, 3], [True])
