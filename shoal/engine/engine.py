@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.request import Completion, FinishReason, Request, TokenEvent
+from shoal.engine.runner import Runner, runner_for
 from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
 from shoal.errors import RequestError
 from shoal.model.latent_cache import LatentCache
@@ -80,10 +81,19 @@ class Engine:
         model: in evaluation use; the engine never changes it, so a trainer may update it between calls.
         max_context: prompt and completion together; default and upper bound is the model's own.
         max_rows: samples running at once; further ones wait.
+        runner: who computes the logits; default the fastest that fits the module.
     """
 
-    def __init__(self, model: Transformer, *, max_context: int | None = None, max_rows: int = 1024) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_context: int | None = None,
+        max_rows: int = 1024,
+        runner: Runner | None = None,
+    ) -> None:
         self.model = model
+        self.runner = runner or runner_for(model)
         self.max_context = min(
             max_context or model.config.max_position_embeddings, model.config.max_position_embeddings
         )
@@ -105,7 +115,7 @@ class Engine:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one cached token takes over all layers, measured on a real cache."""
-        return LatentCache(self.model.config, 1, 1, dtype=self.model.embed_tokens.weight.dtype).bytes_per_token
+        return LatentCache(self.model.config, 1, 1, dtype=self.runner.cache_dtype).bytes_per_token
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -200,16 +210,11 @@ class Engine:
 
     def _prefill(self, group: list[tuple[int, Request]]) -> list[TokenEvent]:
         """Compute the prompts of `group`, copy each cache row to its samples, draw their first tokens."""
-        lengths = torch.tensor([len(request.prompt_ids) for _, request in group])
-        longest = int(lengths.max())
-        token_BS = torch.zeros(len(group), longest, dtype=torch.long)
-        for row, (_, request) in enumerate(group):
-            token_BS[row, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
-        room = -(-(longest + 1) // CACHE_GRAIN) * CACHE_GRAIN
-        cache = LatentCache(self.model.config, len(group), room, dtype=self.model.embed_tokens.weight.dtype)
-        cache.num_visible = longest
-        hidden_BSD = self.model(token_BS, cache=cache)
-        logit_BV = self.model.logits(hidden_BSD[torch.arange(len(group)), lengths - 1]).float()
+        prompts = [request.prompt_ids for _, request in group]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        room = -(-(int(lengths.max()) + 1) // CACHE_GRAIN) * CACHE_GRAIN
+        cache = LatentCache(self.model.config, len(group), room, dtype=self.runner.cache_dtype)
+        logit_BV = self.runner.prefill(prompts, cache)
         source_N = torch.repeat_interleave(
             torch.arange(len(group)), torch.tensor([r.sampling.num_samples for _, r in group])
         )
@@ -234,10 +239,9 @@ class Engine:
         needed = int(rows.position_N.max()) + 1
         if needed > cache.num_positions:
             cache.grow(-(-needed // CACHE_GRAIN) * CACHE_GRAIN)
-        cache.num_visible = needed
-        hidden_NSD = self.model(rows.token_N.unsqueeze(1), position_BS=rows.position_N.unsqueeze(1), cache=cache)
+        logit_NV = self.runner.decode(rows.token_N, rows.position_N, cache)
         rows.position_N += rows.alive_N
-        return self._draw(self.model.logits(hidden_NSD[:, 0]).float(), rows.alive_N.nonzero().squeeze(1))
+        return self._draw(logit_NV, rows.alive_N.nonzero().squeeze(1))
 
     def _draw(self, logit_NV: Tensor, row_N: Tensor) -> list[TokenEvent]:
         """Draw for the rows `row_N`; `logit_NV` has either one line per row of the batch or one per `row_N`."""
@@ -245,8 +249,7 @@ class Engine:
         rows = self._rows
         if len(logit_NV) != len(row_N):
             logit_NV = logit_NV[row_N]
-        finite_N = logit_NV.isfinite().all(dim=-1)
-        token_N, logprob_N = sample_tokens(logit_NV.nan_to_num(), rows.sampling.keep(row_N), rows.drawn_N[row_N])
+        token_N, logprob_N, finite_N = sample_tokens(logit_NV, rows.sampling.keep(row_N), rows.drawn_N[row_N])
         rows.token_N[row_N] = token_N
         rows.drawn_N[row_N] += 1
         full_N = rows.drawn_N[row_N] >= rows.limit_N[row_N]

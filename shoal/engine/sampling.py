@@ -10,6 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.kernels.dispatch import sample_rows
+
+HIDDEN = -1e9
+"""Finite stand-in for minus infinity: its exponential is zero."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -40,25 +45,26 @@ class RowSampling:
         )
 
 
-def sample_tokens(logit_NV: Tensor, rows: RowSampling, drawn_N: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability under the distribution it was drawn from.
+def sample_tokens(logit_NV: Tensor, rows: RowSampling, drawn_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row, its log-probability under the distribution it was drawn from, and whether its scores were finite.
 
     Args:
         logit_NV: float32 scores.
         drawn_N: tokens each row has drawn before; the counter of its random numbers.
     """
-    greedy_N = rows.temperature_N == 0
-    log_probability_NV = (logit_NV / rows.temperature_N.masked_fill(greedy_N, 1.0).unsqueeze(1)).log_softmax(dim=-1)
-    if bool((rows.top_k_N > 0).any()) or bool((rows.top_p_N < 1).any()):
-        log_probability_NV = cut_tail(log_probability_NV, rows.top_k_N, rows.top_p_N)
     uniform_N = torch.from_numpy(uniforms(rows.seed_N, drawn_N.numpy()))
-    cumulative_NV = log_probability_NV.exp().cumsum(dim=-1)
-    # The sum may miss 1 by rounding: scale the draw, so that it always falls inside.
-    threshold_N1 = uniform_N.to(cumulative_NV.dtype).unsqueeze(1) * cumulative_NV[:, -1:]
-    token_N = (cumulative_NV <= threshold_N1).sum(dim=-1).clamp_max(logit_NV.shape[1] - 1)
-    if bool(greedy_N.any()):
-        token_N = torch.where(greedy_N, logit_NV.argmax(dim=-1), token_N)
-    return token_N, log_probability_NV.gather(1, token_N.unsqueeze(1)).squeeze(1)
+    cut_N = (rows.top_k_N > 0) | (rows.top_p_N < 1)
+    if not bool(cut_N.any()):
+        return sample_rows(logit_NV, rows.temperature_N, uniform_N)
+    # Row by row the same numbers whoever else is in the batch: cut rows hide their tails, then all are drawn alike.
+    hot_N = rows.temperature_N.masked_fill(rows.temperature_N == 0, 1.0)
+    finite_N = logit_NV.isfinite().all(dim=-1)
+    log_probability_NV = (logit_NV.nan_to_num() / hot_N.unsqueeze(1)).log_softmax(dim=-1)
+    score_NV = logit_NV.nan_to_num().clone()
+    score_NV[cut_N] = cut_tail(log_probability_NV[cut_N], rows.top_k_N[cut_N], rows.top_p_N[cut_N]).clamp_min(HIDDEN)
+    temperature_N = torch.where(cut_N & (rows.temperature_N > 0), torch.ones_like(hot_N), rows.temperature_N)
+    token_N, logprob_N, _ = sample_rows(score_NV, temperature_N, uniform_N)
+    return token_N, logprob_N, finite_N
 
 
 def cut_tail(log_probability_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:

@@ -61,6 +61,20 @@ def document_attention(
     return out
 
 
+def sample_rows(logit_NV: Tensor, temperature_N: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per row; see `reference.sample_rows`. Not differentiable."""
+    logit_NV = logit_NV.contiguous()
+    if not _fits(logit_NV):
+        return reference.sample_rows(logit_NV, temperature_N, uniform_N)
+    rows, width = logit_NV.shape
+    token_N = torch.empty(rows, dtype=torch.long)
+    logprob_N, finite_N = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
+    arrays = (logit_NV, temperature_N.float().contiguous(), uniform_N.double().contiguous())
+    outputs = (token_N, logprob_N, finite_N)
+    _kernel("sample_rows")(*map(_at, arrays), _int(rows), _int(width), *map(_at, outputs))
+    return outputs
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ def _rows(count, temperature=1.0, top_p=1.0, top_k=0, seed=0):
 
 
 def test_frequencies_match_the_distribution():
-    token_N, logprob_N = sample_tokens(
+    token_N, logprob_N, _ = sample_tokens(
         LOG_PROBABILITY.expand(20_000, -1), _rows(20_000), torch.zeros(20_000, dtype=torch.long)
     )
     counts = torch.bincount(token_N, minlength=5).double()
@@ -39,7 +39,7 @@ def test_cuts_keep_exactly_the_head():
 
 
 def test_cut_tokens_are_never_drawn():
-    token_N, _ = sample_tokens(
+    token_N, _, _ = sample_tokens(
         LOG_PROBABILITY.expand(5000, -1), _rows(5000, top_k=3), torch.zeros(5000, dtype=torch.long)
     )
     assert int(token_N.max()) == 2

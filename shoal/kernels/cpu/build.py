@@ -18,8 +18,10 @@ from pathlib import Path
 from shoal.device import describe_machine
 from shoal.log import say
 
-ABI_VERSION = 1
-SOURCE = Path(__file__).with_name("kernels.cpp")
+ABI_VERSION = 2
+FOLDER = Path(__file__).parent
+SOURCES = ("kernels.cpp", "forward.cpp")
+HEADERS = ("simd.h", "packed.h", "latent_attention.h")
 FLAGS = (
     "-O3",
     "-march=native",
@@ -27,12 +29,10 @@ FLAGS = (
     "-shared",
     "-fPIC",
     "-fopenmp",
-    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning, denormals stay.
+    # Sums keep their order, so that a row gives the same bits in any batch; NaN, infinity and denormals keep their meaning.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
-    "-fassociative-math",
-    "-freciprocal-math",
 )
 BUILD_TIMEOUT_S = 120
 
@@ -58,7 +58,8 @@ def build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
-    identity = (SOURCE.read_text(encoding="utf-8"), FLAGS, compiler, platform.machine(), describe_machine())
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
+    identity = (sources, FLAGS, compiler, platform.machine(), describe_machine())
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     target = cache_dir() / f"kernels-{digest}.so"
     if target.exists():
@@ -66,7 +67,7 @@ def build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(output)]
+        command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(output)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
         output.replace(target)
     return target

@@ -8,11 +8,9 @@
 //
 // OpenMP is the runtime PyTorch has already loaded (same library name), so there is one pool of threads, not two.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "simd.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -20,48 +18,7 @@
 
 namespace {
 
-using bf16 = uint16_t;
-
-inline float to_float(bf16 value) {
-    uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-// Round to nearest even, as PyTorch does; NaN stays NaN.
-inline bf16 to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<bf16>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
-inline float load(const float* p, int64_t i) { return p[i]; }
-inline float load(const bf16* p, int64_t i) { return to_float(p[i]); }
-inline void store(float* p, int64_t i, float v) { p[i] = v; }
-inline void store(bf16* p, int64_t i, float v) { p[i] = to_bf16(v); }
-
-// exp to about 2 units in the last place, in a form compilers vectorise (std::exp is a call). Cody-Waite reduction to
-// [-ln2/2, ln2/2], Taylor polynomial of degree 7, exponent put in by bits. Underflows to 0 below -87.
-inline float fast_exp(float x) {
-    const float clamped = std::min(std::max(x, -87.0f), 88.0f);
-    const float n = std::nearbyint(clamped * 1.44269504088896341f);
-    float r = clamped - n * 0.693359375f;
-    r += n * 2.12194440e-4f;
-    float poly = 1.0f / 5040;
-    poly = poly * r + 1.0f / 720;
-    poly = poly * r + 1.0f / 120;
-    poly = poly * r + 1.0f / 24;
-    poly = poly * r + 1.0f / 6;
-    poly = poly * r + 0.5f;
-    poly = poly * r + 1.0f;
-    poly = poly * r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? 0.0f : poly * power;
-}
+using namespace shoal;
 
 int num_threads() {
 #if defined(_OPENMP)
@@ -115,14 +72,6 @@ void swiglu_backward(const T* grad_act, const T* gate_up, T* grad_gate_up, T* ac
         }
     }
 }
-
-// Sixteen floats at any address. GCC and Clang lower it to whatever vectors the machine has.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t LANES = 16;
-
-inline Lanes lanes(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-inline void put(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
-inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 // Scratch of one thread for one (row, head). Keys and values are copied with their width padded to whole lanes, and once
 // more transposed with LANES spare columns, so that no inner loop has a remainder; padding is zero and adds nothing.
@@ -189,7 +138,7 @@ inline void add_outer(const float* weight, const float* vector, int64_t count, i
 
 extern "C" {
 
-int shoal_abi_version() { return 1; }
+int shoal_abi_version() { return 2; }
 
 // out = x / rms(x) * weight; inverse_rms is kept for the backward pass.
 void rms_norm_forward(const float* x, const float* weight, float* out, float* inverse_rms, int64_t rows, int64_t width, float eps) {

@@ -1,0 +1,327 @@
+"""A whole model as packed weights, and one C++ call that runs it (`kernels/cpu/forward.cpp`).
+
+The weights come by name, one tensor at a time, so that a quantised model never needs its float form in memory at once.
+Projections that read the same input are laid one after the other and become one product; the key and value up-projections
+are cut into heads for the absorbed form; gate and up projections alternate panel by panel.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.config import ModelConfig
+from shoal.errors import ConfigError
+from shoal.kernels.cpu.build import library
+from shoal.kernels.packed import INT8_GROUP, Codes, MatrixStruct, Packed, absent, pack, pack_gated, panel_scales
+from shoal.model.mla import LATENT_NORM_EPS
+from shoal.model.rope import rotation_table
+from shoal.quant import fp8, int4, int8
+
+WeightSource = Callable[[str], Tensor]
+"""Gives the float weight of a name of `Transformer.state_dict()`."""
+
+LANES = 16
+INT4_GROUP = 32
+
+
+class _LayerStruct(ctypes.Structure):
+    """`shoal::Layer`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("input_norm", "query_norm", "latent_norm", "post_norm", "router_bias")),
+        *(
+            (name, MatrixStruct)
+            for name in (
+                "down_projections",
+                "query_up",
+                "key_up",
+                "value_up",
+                "output",
+                "router",
+                "expert_gate_up",
+                "expert_down",
+                "shared_gate_up",
+                "shared_down",
+            )
+        ),
+    ]
+
+
+class _ModelStruct(ctypes.Structure):
+    """`shoal::Model`."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_layers",
+                "hidden",
+                "heads",
+                "plain",
+                "rotary",
+                "value",
+                "latent",
+                "query_latent",
+                "experts_per_token",
+                "groups",
+                "top_groups",
+            )
+        ),
+        *((name, ctypes.c_int32) for name in ("softmax_scores", "group_by_best_two", "renormalise")),
+        *((name, ctypes.c_float) for name in ("routed_scale", "norm_eps", "latent_norm_eps", "softmax_scale")),
+        ("rotations", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("head", MatrixStruct),
+        ("layers", ctypes.POINTER(_LayerStruct)),
+    ]
+
+
+class _BatchStruct(ctypes.Structure):
+    """`shoal::Batch`."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "position", "sequence", "table")),
+        ("table_width", ctypes.c_int64),
+        ("cache", ctypes.c_void_p),
+        ("cache_is_bf16", ctypes.c_int32),
+        ("page_tokens", ctypes.c_int64),
+        ("layer_stride", ctypes.c_int64),
+        ("output_row", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64),
+        ("logits", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
+    ]
+
+
+def fits(config: ModelConfig) -> bool:
+    """Whether the fused pass can run this model here: latent attention, whole vectors of latents, kernels built."""
+    return (
+        config.attention == "mla"
+        and config.kv_lora_rank % LANES == 0
+        and config.qk_rope_head_dim % 2 == 0
+        and config.hidden_size % LANES == 0
+        and library() is not None
+    )
+
+
+def quantised(weight: Tensor, format_name: str, group: int | None = None) -> Codes:
+    """Codes of a stack of float matrices `[count, rows, cols]`, by round-to-nearest."""
+    if format_name in ("f32", "bf16"):
+        return Codes(format_name, 1, weight.float() if format_name == "f32" else weight.to(torch.bfloat16))
+    if format_name == "int8":
+        code, scale = int8.quantise(weight)
+        return Codes("int8", INT8_GROUP, code, scale)
+    if format_name == "int4":
+        code, scale = int4.quantise(weight, group or INT4_GROUP)
+        return Codes("int4", group or INT4_GROUP, code, scale)
+    if format_name == "fp8":
+        code, scale = fp8.quantise_blocks(weight)
+        return Codes("fp8", 1, code, panel_scales(scale, weight.shape[-2]))
+    raise ConfigError(f"weights={format_name!r} is not a format; use f32, bf16, fp8, int8 or int4.")
+
+
+class PackedModel:
+    """Packed weights of one model, ready to run.
+
+    Args:
+        source: float weights by name.
+        format_name: of all matrices but the router, which stays float32: a flipped expert is a large error.
+        head_format: of the output head; default `format_name`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        format_name: str,
+        *,
+        group: int | None = None,
+        head_format: str | None = None,
+        max_positions: int | None = None,
+    ) -> None:
+        if not fits(config):
+            raise ConfigError(
+                "the packed CPU pass needs latent attention, kv_lora_rank and hidden_size in multiples of 16, and built kernels."
+            )
+        self.config, self.format, self.group = config, format_name, group
+        self._kept: list[Any] = []
+        """Everything the C structures point to."""
+        self.weight_bytes = 0
+        embedding_VD = source("embed_tokens.weight")
+        head_VD = embedding_VD if config.tie_word_embeddings else source("lm_head.weight")
+        self.embedding_VD = embedding_VD.detach()
+        layers = (_LayerStruct * config.num_hidden_layers)(
+            *(self._layer(source, index) for index in range(config.num_hidden_layers))
+        )
+        head = self._add(quantised(head_VD.unsqueeze(0), head_format or format_name, group))
+        self._struct = self._model(source, layers, head, max_positions)
+        kernels = library()
+        assert kernels is not None
+        _check_layout(kernels)
+        self._kernels = kernels
+        kernels.forward_new.restype = ctypes.c_void_p
+        self._forward = ctypes.c_void_p(kernels.forward_new(ctypes.byref(self._struct)))
+
+    def __del__(self) -> None:
+        if getattr(self, "_forward", None):
+            self._kernels.forward_free(self._forward)
+
+    def run(
+        self,
+        token_M: Tensor,
+        position_M: Tensor,
+        sequence_M: Tensor,
+        cache_LPTW: Tensor,
+        *,
+        output_row: Tensor,
+        table_BX: Tensor | None = None,
+        hidden_out: Tensor | None = None,
+        chosen_LMK: Tensor | None = None,
+    ) -> Tensor:
+        """Run `M` tokens, append their cache entries, return logits of the tokens `output_row`.
+
+        Args:
+            position_M, sequence_M: int32; a sequence's earlier positions must be in the cache or in this batch.
+            cache_LPTW: contiguous `[layers, pages, page tokens, latent + rotary]`, float32 or bfloat16.
+            table_BX: int32 pages of each sequence; default: sequence b lies whole on page b.
+            hidden_out: float32 `[M, D]`, filled with the hidden states before the final norm.
+            chosen_LMK: int32, filled with the routed experts of every layer (dense layers untouched).
+        """
+        assert cache_LPTW.is_contiguous() and cache_LPTW.dtype in (torch.float32, torch.bfloat16)
+        num_pages, page_tokens = cache_LPTW.shape[1], cache_LPTW.shape[2]
+        if table_BX is None:
+            table_BX = torch.arange(num_pages, dtype=torch.int32).unsqueeze(1)
+        x_MD = hidden_out if hidden_out is not None else torch.empty(len(token_M), self.config.hidden_size)
+        torch.index_select(
+            self.embedding_VD, 0, token_M, out=x_MD
+        ) if self.embedding_VD.dtype == torch.float32 else x_MD.copy_(self.embedding_VD[token_M])
+        logit = torch.empty(len(output_row), self.config.vocab_size)
+        arrays = [tensor.to(torch.int32).contiguous() for tensor in (position_M, sequence_M, table_BX, output_row)]
+        position_M, sequence_M, table_BX, output_row = arrays
+        batch = _BatchStruct(
+            len(token_M),
+            x_MD.data_ptr(),
+            position_M.data_ptr(),
+            sequence_M.data_ptr(),
+            table_BX.data_ptr(),
+            table_BX.shape[1],
+            cache_LPTW.data_ptr(),
+            int(cache_LPTW.dtype == torch.bfloat16),
+            page_tokens,
+            cache_LPTW.stride(0),
+            output_row.data_ptr(),
+            len(output_row),
+            logit.data_ptr(),
+            chosen_LMK.data_ptr() if chosen_LMK is not None else None,
+        )
+        if self._kernels.forward_run(self._forward, ctypes.byref(batch)):
+            raise MemoryError(f"no memory for a pass over {len(token_M)} tokens")
+        return logit
+
+    def _layer(self, source: WeightSource, index: int) -> _LayerStruct:
+        config, name = self.config, f"layers.{index}."
+        attention = name + "self_attn."
+        compressed = config.q_lora_rank is not None
+        first = source(attention + ("q_a_proj.weight" if compressed else "q_proj.weight"))
+        both_FD = torch.cat([first, source(attention + "kv_a_proj_with_mqa.weight")])
+        key_up, value_up = self._heads(source(attention + "kv_b_proj.weight"))
+        layer = _LayerStruct(
+            input_norm=self._keep(source(name + "input_layernorm.weight")),
+            query_norm=self._keep(source(attention + "q_a_layernorm.weight")) if compressed else None,
+            latent_norm=self._keep(source(attention + "kv_a_layernorm.weight")),
+            post_norm=self._keep(source(name + "post_attention_layernorm.weight")),
+            down_projections=self._matrix(both_FD),
+            query_up=self._matrix(source(attention + "q_b_proj.weight")) if compressed else absent(),
+            key_up=key_up,
+            value_up=value_up,
+            output=self._matrix(source(attention + "o_proj.weight")),
+        )
+        self._feed_forward(layer, source, index)
+        return layer
+
+    def _heads(self, up_XC: Tensor) -> tuple[MatrixStruct, MatrixStruct]:
+        """Key up-projection transposed per head `[H, C, N]` and value up-projection `[H, U, C]`."""
+        config = self.config
+        up_HXC = up_XC.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        key_HNC, value_HUC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        return self._matrix(key_HNC.transpose(1, 2)), self._matrix(value_HUC)
+
+    def _feed_forward(self, layer: _LayerStruct, source: WeightSource, index: int) -> None:
+        config, name = self.config, f"layers.{index}.mlp."
+        layer.router = layer.expert_gate_up = layer.expert_down = layer.shared_gate_up = layer.shared_down = absent()
+        if not config.is_moe_layer(index):
+            layer.shared_gate_up = self._gated(source(name + "gate_up_proj.weight"))
+            layer.shared_down = self._matrix(source(name + "down_proj.weight"))
+            return
+        layer.router = self._add(quantised(source(name + "gate.weight").unsqueeze(0), "f32"))
+        if config.topk_method == "noaux_tc":
+            layer.router_bias = self._keep(source(name + "gate.e_score_correction_bias"))
+        layer.expert_gate_up = self._gated(source(name + "experts.gate_up_proj"))
+        layer.expert_down = self._matrix(source(name + "experts.down_proj"))
+        if config.n_shared_experts:
+            layer.shared_gate_up = self._gated(source(name + "shared_experts.gate_up_proj.weight"))
+            layer.shared_down = self._matrix(source(name + "shared_experts.down_proj.weight"))
+
+    def _matrix(self, weight: Tensor) -> MatrixStruct:
+        stack = weight if weight.dim() == 3 else weight.unsqueeze(0)
+        return self._add(quantised(stack, self.format, self.group))
+
+    def _gated(self, gate_up: Tensor) -> MatrixStruct:
+        stack = gate_up if gate_up.dim() == 3 else gate_up.unsqueeze(0)
+        gate, up = (quantised(half, self.format, self.group) for half in stack.chunk(2, dim=1))
+        return self._store(pack_gated(gate, up))
+
+    def _add(self, codes: Codes) -> MatrixStruct:
+        return self._store(pack(codes))
+
+    def _store(self, packed: Packed) -> MatrixStruct:
+        self._kept.append(packed)
+        self.weight_bytes += packed.num_bytes
+        return packed.struct()
+
+    def _keep(self, vector: Tensor) -> int:
+        kept = vector.detach().float().contiguous().clone()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _model(self, source: WeightSource, layers: Any, head: MatrixStruct, max_positions: int | None) -> _ModelStruct:
+        config = self.config
+        rotations = torch.view_as_real(rotation_table(config, config.qk_rope_head_dim)[:max_positions])
+        limited = config.n_group > 1 and config.topk_method != "greedy"
+        yarn = config.rope_scaling
+        self._kept.append(layers)
+        return _ModelStruct(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            plain=config.qk_nope_head_dim,
+            rotary=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            latent=config.kv_lora_rank,
+            query_latent=config.q_lora_rank or 0,
+            experts_per_token=config.num_experts_per_tok,
+            groups=config.n_group if limited else 1,
+            top_groups=config.topk_group if limited else 1,
+            softmax_scores=config.scoring_func != "sigmoid",
+            group_by_best_two=config.topk_method == "noaux_tc",
+            renormalise=config.norm_topk_prob,
+            routed_scale=config.routed_scaling_factor,
+            norm_eps=config.rms_norm_eps,
+            latent_norm_eps=LATENT_NORM_EPS,
+            softmax_scale=config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0),
+            rotations=self._keep(rotations),
+            final_norm=self._keep(source("norm.weight")),
+            head=head,
+            layers=layers,
+        )
+
+
+def _check_layout(kernels: ctypes.CDLL) -> None:
+    """The two sides must agree on every structure, or pointers would be read as sizes."""
+    kernels.shoal_struct_bytes.restype = ctypes.c_int64
+    for which, struct in enumerate((MatrixStruct, _LayerStruct, _ModelStruct, _BatchStruct)):
+        assert kernels.shoal_struct_bytes(which) == ctypes.sizeof(struct), struct.__name__

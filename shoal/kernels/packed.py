@@ -1,0 +1,175 @@
+"""Weights in the layout of the few-row kernels: panels of 16 rows, columns outermost inside (see `cpu/packed.h`).
+
+`pack` takes float weights `[count, rows, cols]`, quantises them as asked, and lays them out; `unpack` gives back the float
+weights that the packed bytes stand for, which is what tests compare a kernel with. `linear` is the product alone.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.errors import ConfigError
+from shoal.kernels.cpu.build import library
+
+LANES = 16
+FP8_BLOCK = 128
+FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4}
+"""Names as on the command line; numbers as in `cpu/packed.h`."""
+ABSENT = -1
+INT8_GROUP = 64
+"""Columns of an input that share a scale when weights are int8."""
+
+
+class MatrixStruct(ctypes.Structure):
+    """`shoal::Matrix`."""
+
+    _fields_ = [
+        ("format", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+    ]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`count` matrices `[rows, cols]` as panels; `data` `[count, panels, bytes]`, `scale` likewise or empty."""
+
+    format: str
+    group: int
+    rows: int
+    cols: int
+    data: Tensor
+    scale: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel() + self.scale.numel() * self.scale.element_size()
+
+    def struct(self) -> MatrixStruct:
+        """The C view; valid while this object lives."""
+        return MatrixStruct(
+            FORMATS[self.format],
+            self.group,
+            self.rows,
+            self.cols,
+            len(self.data),
+            self.data.data_ptr(),
+            self.scale.data_ptr() if self.scale.numel() else None,
+        )
+
+
+def absent() -> MatrixStruct:
+    """What stands for a matrix that a layer lacks."""
+    return MatrixStruct(ABSENT, 1, 0, 0, 0, None, None)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantised weights before they are laid out: `code` `[count, rows, cols]` and `scale` as the format has them."""
+
+    format: str
+    group: int
+    code: Tensor
+    """f32, bf16: the weights; int8, int4: int8 codes; fp8: float8_e4m3fn."""
+    scale: Tensor | None = None
+    """int8: float32 `[count, rows]`; int4: bfloat16 `[count, rows, groups]`; fp8: float32 `[count, rows/16, cols/128]`, the
+    scale of a block repeated for each of its panels (`panel_scales`)."""
+
+
+def panel_scales(block_scale: Tensor, rows: int) -> Tensor:
+    """FP8 scales of 128 x 128 blocks `[count, rows/128, cols/128]`, one line per panel of 16 rows."""
+    panel = torch.arange(-(-rows // LANES))
+    return block_scale.float()[:, panel * LANES // FP8_BLOCK]
+
+
+def pack(codes: Codes) -> Packed:
+    """Lay out one stack of matrices."""
+    rows, cols = codes.code.shape[1:]
+    data = _lay_out(codes)
+    return Packed(codes.format, codes.group, rows, cols, data.contiguous(), _lay_out_scale(codes).contiguous())
+
+
+def pack_gated(gate: Codes, up: Codes) -> Packed:
+    """Gate and up projection of the same shape with alternating panels, so that one task makes 16 activations."""
+    first, second = pack(gate), pack(up)
+    data = torch.stack([first.data, second.data], dim=2).flatten(1, 2).contiguous()
+    scale = first.scale
+    if scale.numel():
+        scale = torch.stack([first.scale, second.scale], dim=2).flatten(1, 2).contiguous()
+    panels = data.shape[1]
+    return Packed(gate.format, gate.group, panels * LANES, first.cols, data, scale)
+
+
+def linear(packed: Packed, x_MD: Tensor) -> Tensor:
+    """`x @ weight.T` in float32 for a single packed matrix.
+
+    Raises:
+        ConfigError: the kernels could not be built here.
+    """
+    kernels = library()
+    if kernels is None:
+        raise ConfigError("the CPU kernels are not available; install g++ (or unset SHOAL_KERNELS) and try again.")
+    x_MD = x_MD.float().contiguous()
+    assert x_MD.shape[1] == packed.cols, (x_MD.shape, packed.cols)
+    y_MF = torch.empty(len(x_MD), packed.rows)
+    struct = packed.struct()
+    kernels.packed_linear(
+        ctypes.byref(struct),
+        ctypes.c_void_p(x_MD.data_ptr()),
+        ctypes.c_int64(len(x_MD)),
+        ctypes.c_void_p(y_MF.data_ptr()),
+    )
+    return y_MF
+
+
+def padded_columns(format_name: str, group: int, cols: int) -> int:
+    """Columns after padding, as `Matrix::padded_cols`."""
+    grain = {"f32": 1, "bf16": 2, "fp8": 2}.get(format_name, group)
+    return -(-cols // grain) * grain
+
+
+def _lay_out(codes: Codes) -> Tensor:
+    """Panels of bytes `[count, panels, panel_bytes]`."""
+    rows, cols = codes.code.shape[1:]
+    width = padded_columns(codes.format, codes.group, cols)
+    code = codes.code.view(torch.uint8) if codes.format == "fp8" else codes.code
+    code = torch.nn.functional.pad(code, (0, width - cols, 0, -rows % LANES))
+    if codes.format == "f32":
+        return _panels(code.float(), 1).view(torch.uint8)
+    if codes.format == "bf16":
+        return _panels(code.to(torch.bfloat16), 2).view(torch.uint8)
+    if codes.format == "fp8":
+        return _panels(code, 2)
+    if codes.format == "int8":
+        return _panels(code.view(torch.uint8) ^ 0x80, 4)
+    nibbles = _panels((code + 8).view(torch.uint8), 8).unflatten(-1, (-1, LANES, 2, 4))
+    return (nibbles[..., 0, :] | nibbles[..., 1, :] << 4).flatten(2)
+
+
+def _panels(code: Tensor, per_lane: int) -> Tensor:
+    """`[count, panels, cols/per_lane * 16 * per_lane]` of `[count, rows, cols]`."""
+    split = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane))
+    return split.transpose(2, 3).contiguous().flatten(2)
+
+
+def _lay_out_scale(codes: Codes) -> Tensor:
+    """Scales `[count, panels, ...]` in the order in which a kernel reads them; empty for unscaled formats."""
+    if codes.scale is None:
+        return torch.empty(0)
+    rows = codes.code.shape[1]
+    panels = -(-rows // LANES)
+    if codes.format == "fp8":
+        if codes.scale.shape[1] != panels:
+            raise ConfigError(f"fp8 weights need a multiple of {LANES} rows in every part; this matrix has {rows}.")
+        return codes.scale.float()
+    missing = panels * LANES - rows
+    if codes.format == "int8":
+        return torch.nn.functional.pad(codes.scale.float(), (0, missing)).unflatten(1, (-1, LANES))
+    scale = torch.nn.functional.pad(codes.scale, (0, 0, 0, missing)).unflatten(1, (-1, LANES))
+    return scale.transpose(2, 3).flatten(2)

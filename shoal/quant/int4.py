@@ -1,0 +1,55 @@
+"""Four-bit integers, one scale per group of columns: `weight = scale * code`, codes in -8..7.
+
+Round-to-nearest uses the sign of the largest weight, so that it lands on -8 and the grid's extra code is not wasted; of that
+and the plain symmetric grid the better one is kept, group by group. `calibrated` (in `calibration.py`) chooses codes by
+the error they make on real inputs instead. Scales are bfloat16, and codes are chosen against the rounded scale.
+"""
+
+import torch
+from torch import Tensor
+
+LOW, HIGH = -8, 7
+GROUPS = (32, 64, 128)
+
+
+def quantise(weight_FD: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes, int8 like `weight_FD`, and bfloat16 scales `[F, D / group]`; a last short group is padded with zeros."""
+    grouped_FGX = _grouped(weight_FD.float(), group)
+    scale_FG = best_scale(grouped_FGX)
+    code = round_to_codes(grouped_FGX, scale_FG)
+    return code.flatten(-2)[..., : weight_FD.shape[-1]].to(torch.int8), scale_FG
+
+
+def best_scale(grouped_FGX: Tensor) -> Tensor:
+    """Of a few candidate scales the one with the least squared error, per group, bfloat16."""
+    largest_FG1 = grouped_FGX.gather(-1, grouped_FGX.abs().argmax(dim=-1, keepdim=True))
+    best, least = None, None
+    for steps in (LOW, -7.5, -7.0, -6.5, HIGH):
+        scale_FG = (largest_FG1 / steps).squeeze(-1).to(torch.bfloat16)
+        error_FG = (
+            (round_to_codes(grouped_FGX, scale_FG) * scale_FG.float().unsqueeze(-1) - grouped_FGX).square().sum(-1)
+        )
+        if best is None or least is None:
+            best, least = scale_FG, error_FG
+        else:
+            best, least = torch.where(error_FG < least, scale_FG, best), torch.minimum(error_FG, least)
+    assert best is not None
+    return best
+
+
+def round_to_codes(grouped_FGX: Tensor, scale_FG: Tensor) -> Tensor:
+    """Nearest codes as floats; groups of zeros have scale 0 and code 0."""
+    scale = scale_FG.float().unsqueeze(-1)
+    code = (grouped_FGX / torch.where(scale == 0, torch.ones_like(scale), scale)).round().clamp(LOW, HIGH)
+    return torch.where(scale == 0, torch.zeros_like(code), code)
+
+
+def dequantise(code_FD: Tensor, scale_FG: Tensor, group: int) -> Tensor:
+    """The float32 weights that codes and scales stand for."""
+    grouped = _grouped(code_FD.float(), group) * scale_FG.float().unsqueeze(-1)
+    return grouped.flatten(-2)[..., : code_FD.shape[-1]]
+
+
+def _grouped(weight_FD: Tensor, group: int) -> Tensor:
+    missing = -weight_FD.shape[-1] % group
+    return torch.nn.functional.pad(weight_FD, (0, missing)).unflatten(-1, (-1, group))

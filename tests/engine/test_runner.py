@@ -1,0 +1,151 @@
+"""The fused CPU pass against the model in PyTorch, and against itself in other batches."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from shoal.config import YarnConfig
+from shoal.engine.packed_model import PackedModel
+from shoal.engine.runner import PackedRunner, TransformerRunner, runner_for
+from shoal.kernels.cpu.build import library
+from shoal.model.latent_cache import LatentCache
+from shoal.model.layers import set_compute_dtype
+from shoal.model.transformer import Transformer, initialise
+from shoal.presets import preset
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the PyTorch path does this work")
+
+BASE = dataclasses.replace(
+    preset("demo"),
+    vocab_size=97,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    kv_lora_rank=32,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=14,
+    intermediate_size=50,
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    num_nextn_predict_layers=0,
+    initializer_range=0.3,
+    max_position_embeddings=1024,
+)
+SHAPES = {
+    "v3": {},
+    "query compression": {"q_lora_rank": 24},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "v2": {
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "n_group": 4,
+        "topk_group": 2,
+    },
+    "no shared expert": {"n_shared_experts": 0},
+    "twenty heads": {"num_attention_heads": 20},
+    "yarn": {
+        "rope_scaling": YarnConfig(factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0)
+    },
+}
+PROMPTS = [[3, 1, 4], [1] * 140, list(range(90)), [7]]
+
+
+def model_of(changes):
+    model = Transformer(dataclasses.replace(BASE, **changes)).eval()
+    initialise(model, 3)
+    for layer in model.layers:
+        if layer.is_moe and model.config.topk_method == "noaux_tc":
+            layer.mlp.gate.e_score_correction_bias.normal_(0, 0.2)
+    return model
+
+
+def cache_of(model, runner, rows=4):
+    return LatentCache(model.config, rows, 192, dtype=runner.cache_dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+def test_fused_pass_equals_the_pytorch_model(changes):
+    model = model_of(changes)
+    reference, fused = TransformerRunner(model), PackedRunner(model)
+    caches = [cache_of(model, runner) for runner in (reference, fused)]
+    expected, got = (runner.prefill(PROMPTS, cache) for runner, cache in zip((reference, fused), caches))
+    assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4)
+    position = torch.tensor([len(prompt) for prompt in PROMPTS])
+    for step in range(3):
+        token = torch.tensor([step, 5, 9, 11])
+        expected, got = (r.decode(token, position + step, c) for r, c in zip((reference, fused), caches))
+        assert torch.allclose(got, expected, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_sequence_gives_the_same_bits_alone_and_among_others(dtype):
+    model = model_of({})
+    set_compute_dtype(model, dtype)
+    runner = PackedRunner(model)
+    together = cache_of(model, runner)
+    logits = [runner.prefill(PROMPTS, together)]
+    position = torch.tensor([len(prompt) for prompt in PROMPTS])
+    tokens = torch.tensor([2, 4, 6, 8])
+    logits.append(runner.decode(tokens, position, together))
+    for row, prompt in enumerate(PROMPTS):
+        alone = cache_of(model, runner, 1)
+        assert torch.equal(runner.prefill([prompt], alone)[0], logits[0][row])
+        assert torch.equal(runner.decode(tokens[row : row + 1], position[row : row + 1], alone)[0], logits[1][row])
+
+
+@torch.no_grad()
+def test_a_prompt_in_chunks_and_over_scattered_pages_gives_the_same_bits():
+    model = model_of({})
+    packed = PackedModel(model.config, model.state_dict().__getitem__, "bf16")
+    tokens = torch.arange(150) % 97
+    width = model.config.cache_width
+    whole = torch.zeros(3, 1, 192, width, dtype=torch.bfloat16)
+    positions, zeros = torch.arange(150, dtype=torch.int32), torch.zeros(150, dtype=torch.int32)
+    expected = packed.run(tokens, positions, zeros, whole, output_row=torch.arange(150))
+    paged = torch.full((3, 7, 64, width), float("nan"), dtype=torch.bfloat16)
+    table = torch.tensor([[5, 0, 3]])
+    got = []
+    for start, stop in ((0, 1), (1, 70), (70, 128), (128, 150)):
+        part = slice(start, stop)
+        rows = torch.arange(stop - start)
+        got.append(packed.run(tokens[part], positions[part], zeros[part], paged, output_row=rows, table_BX=table))
+    assert torch.equal(torch.cat(got), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, bound", [("bf16", 0.02), ("fp8", 0.1), ("int8", 0.05), ("int4", 0.35)])
+def test_lower_formats_stay_near_the_float_logits(name, bound):
+    # Mild weights: with wild ones a rounding flips experts, which says nothing about the products.
+    model = model_of({"initializer_range": 0.05, "n_routed_experts": 2, "num_experts_per_tok": 2})
+    tokens = torch.arange(40) % 97
+    logits = {}
+    for format_name in ("f32", name):
+        packed = PackedModel(model.config, model.state_dict().__getitem__, format_name)
+        cache = torch.zeros(3, 1, 64, model.config.cache_width)
+        logits[format_name] = packed.run(tokens, torch.arange(40), torch.zeros(40), cache, output_row=torch.arange(40))
+    error = (logits[name] - logits["f32"]).norm() / logits["f32"].norm()
+    assert 0 < error < bound
+
+
+@torch.no_grad()
+def test_new_weights_are_noticed():
+    model = model_of({})
+    runner = PackedRunner(model)
+    before = runner.prefill([[1, 2, 3]], cache_of(model, runner, 1))
+    model.embed_tokens.weight.add_(0.1)
+    after = runner.prefill([[1, 2, 3]], cache_of(model, runner, 1))
+    expected = TransformerRunner(model).prefill([[1, 2, 3]], cache_of(model, TransformerRunner(model), 1))
+    assert torch.allclose(after, expected, atol=2e-4) and not torch.allclose(after, before, atol=1e-2)
+
+
+def test_models_that_do_not_fit_take_the_pytorch_path():
+    odd = model_of({"kv_lora_rank": 24})
+    assert isinstance(runner_for(odd), TransformerRunner)
+    assert isinstance(runner_for(model_of({})), PackedRunner)
+    assert isinstance(runner_for(model_of({}).double()), TransformerRunner)
