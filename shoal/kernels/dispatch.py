@@ -13,6 +13,8 @@ from torch import Tensor
 from shoal.kernels import reference
 from shoal.kernels.cpu.build import library
 
+LOW_OR_SINGLE = (torch.float32, torch.bfloat16)
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Divide by the root mean square over the last dimension, times `weight_D`; any leading shape."""
@@ -23,7 +25,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def swiglu_forward(gate_up_PX: Tensor) -> Tensor:
     """`silu(gate) * up`, `[P, 2F]` to `[P, F]`; not differentiable, see `swiglu_backward`."""
-    if not _fits(gate_up_PX, dtypes=(torch.float32, torch.bfloat16)):
+    if not _fits(gate_up_PX, dtypes=LOW_OR_SINGLE):
         return reference.swiglu(gate_up_PX)
     rows, double = gate_up_PX.shape
     act_PF = gate_up_PX.new_empty(rows, double // 2)
@@ -33,7 +35,7 @@ def swiglu_forward(gate_up_PX: Tensor) -> Tensor:
 
 def swiglu_backward(grad_act_PF: Tensor, gate_up_PX: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient with respect to `gate_up_PX`, and the activation recomputed on the way."""
-    if not _fits(grad_act_PF, gate_up_PX, dtypes=(torch.float32, torch.bfloat16)):
+    if not _fits(grad_act_PF, gate_up_PX, dtypes=LOW_OR_SINGLE):
         gate_PF, up_PF = gate_up_PX.chunk(2, dim=-1)
         silu_PF = torch.nn.functional.silu(gate_PF)
         grad_gate_PF = torch.ops.aten.silu_backward(grad_act_PF * up_PF, gate_PF)
@@ -43,6 +45,51 @@ def swiglu_backward(grad_act_PF: Tensor, gate_up_PX: Tensor) -> tuple[Tensor, Te
     kernel = _kernel("swiglu_backward", gate_up_PX.dtype)
     kernel(_at(grad_act_PF), _at(gate_up_PX), _at(grad_gate_up_PX), _at(act_PF), _int(rows), _int(width))
     return grad_gate_up_PX, act_PF
+
+
+def gather_rows(x_MD: Tensor, token_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row `token_P[p]` of `x_MD` for every slot p, cast to `dtype`; not differentiable."""
+    if not _fits(x_MD) or dtype not in LOW_OR_SINGLE:
+        return reference.gather_rows(x_MD, token_P, dtype)
+    out_PD = torch.empty(len(token_P), x_MD.shape[1], dtype=dtype)
+    _kernel("gather_rows", dtype)(_at(x_MD), _at(token_P), _at(out_PD), _int(len(token_P)), _int(x_MD.shape[1]))
+    return out_PD
+
+
+def reduce_slots(x_PD: Tensor, slot_MK: Tensor, weight_MK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sum over k of weight[m, k] * x[slot[m, k]]` in `dtype`; without weights the plain sum. Not differentiable."""
+    x_PD = x_PD.contiguous()
+    if not _fits(x_PD, dtypes=LOW_OR_SINGLE) or dtype != torch.float32 or not slot_MK.is_contiguous():
+        return reference.reduce_slots(x_PD, slot_MK, weight_MK, dtype)
+    out_MD = torch.empty(len(slot_MK), x_PD.shape[1])
+    weight = None if weight_MK is None else weight_MK.float().contiguous()
+    sizes = (_int(len(slot_MK)), _int(slot_MK.shape[1]), _int(x_PD.shape[1]))
+    where = ctypes.c_void_p(None) if weight is None else _at(weight)
+    _kernel("reduce_slots", x_PD.dtype)(_at(x_PD), _at(slot_MK), where, _at(out_MD), *sizes)
+    return out_MD
+
+
+def reduce_slots_backward(grad_MD: Tensor, x_PD: Tensor, slot_MK: Tensor, weight_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `reduce_slots` for `x_PD` (zero in slots of no token) and `weight_MK`."""
+    grad_MD = grad_MD.contiguous()
+    fits = _fits(grad_MD) and _fits(x_PD, dtypes=LOW_OR_SINGLE) and weight_MK.dtype == torch.float32
+    if not fits or not slot_MK.is_contiguous():
+        return reference.reduce_slots_backward(grad_MD, x_PD, slot_MK, weight_MK)
+    grad_PD, grad_weight_MK = torch.zeros_like(x_PD), torch.empty(weight_MK.shape)
+    arrays = (grad_MD, x_PD, slot_MK, weight_MK.contiguous(), grad_PD, grad_weight_MK)
+    sizes = (_int(len(slot_MK)), _int(slot_MK.shape[1]), _int(x_PD.shape[1]))
+    _kernel("reduce_slots_backward", x_PD.dtype)(*map(_at, arrays), *sizes)
+    return grad_PD, grad_weight_MK
+
+
+def cross_entropy_rows_(score_MV: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row in nats (float32) and its best token; `score_MV` becomes the gradient, softmax - onehot."""
+    if not _fits(score_MV, dtypes=LOW_OR_SINGLE):
+        return reference.cross_entropy_rows_(score_MV, label_M)
+    loss_M, best_M = torch.empty(len(label_M)), torch.empty_like(label_M)
+    arrays = (score_MV, label_M.contiguous(), loss_M, best_M)
+    _kernel("cross_entropy_rows", score_MV.dtype)(*map(_at, arrays), _int(len(label_M)), _int(score_MV.shape[1]))
+    return loss_M, best_M
 
 
 def document_attention(

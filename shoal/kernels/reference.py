@@ -27,6 +27,45 @@ def document_attention(
     return torch.einsum("bhst,bthu->bshu", weight_BHST, value_BSHU)
 
 
+def gather_rows(x_MD: Tensor, token_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row `token_P[p]` of `x_MD` for every slot p, cast to `dtype`."""
+    return x_MD.to(dtype).index_select(0, token_P)
+
+
+def reduce_slots(x_PD: Tensor, slot_MK: Tensor, weight_MK: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sum over k of weight[m, k] * x[slot[m, k]]`, accumulated in `dtype`; without weights the plain sum."""
+    total_MD = torch.zeros(len(slot_MK), x_PD.shape[1], dtype=dtype, device=x_PD.device)
+    for choice, slot_M in enumerate(slot_MK.unbind(1)):
+        picked_MD = x_PD.index_select(0, slot_M).to(dtype)
+        if weight_MK is None:
+            total_MD += picked_MD
+        else:
+            total_MD.addcmul_(picked_MD, weight_MK[:, choice : choice + 1].to(dtype))
+    return total_MD
+
+
+def reduce_slots_backward(grad_MD: Tensor, x_PD: Tensor, slot_MK: Tensor, weight_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `reduce_slots` for `x_PD` (zero in slots of no token) and `weight_MK`."""
+    grad_PD = torch.zeros_like(x_PD)
+    columns = []
+    for choice, slot_M in enumerate(slot_MK.unbind(1)):
+        grad_PD[slot_M] = (grad_MD * weight_MK[:, choice : choice + 1].to(grad_MD.dtype)).to(x_PD.dtype)
+        columns.append((x_PD.index_select(0, slot_M).to(grad_MD.dtype) * grad_MD).sum(dim=-1))
+    return grad_PD, torch.stack(columns, dim=1).to(weight_MK.dtype)
+
+
+def cross_entropy_rows_(score_MV: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row in nats and its best token; `score_MV` becomes the gradient, softmax - onehot."""
+    wide_MV = score_MV.to(torch.promote_types(score_MV.dtype, torch.float32))
+    best_M = wide_MV.argmax(dim=-1)
+    log_probability_MV = wide_MV.log_softmax(dim=-1)
+    loss_M = -log_probability_MV.gather(1, label_M.unsqueeze(1)).squeeze(1)
+    gradient_MV = log_probability_MV.exp_()
+    gradient_MV.scatter_add_(1, label_M.unsqueeze(1), gradient_MV.new_full((len(label_M), 1), -1.0))
+    score_MV.copy_(gradient_MV)
+    return loss_M, best_M
+
+
 def sample_rows(logit_NV: Tensor, temperature_N: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row by inverting the cumulated distribution at a given uniform number.
 

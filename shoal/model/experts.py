@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from shoal.config import ModelConfig
-from shoal.kernels.dispatch import swiglu_backward, swiglu_forward
+from shoal.kernels.dispatch import (
+    gather_rows,
+    reduce_slots,
+    reduce_slots_backward,
+    swiglu_backward,
+    swiglu_forward,
+)
 from shoal.model.layers import Linear
 
 ROW_PADDING = 32
@@ -103,15 +109,11 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, layout: SlotLayout, dtype: torch.dtype) -> Tensor:
         ctx.layout, ctx.dtype = layout, x_MD.dtype
-        return x_MD.to(dtype).index_select(0, layout.token_P)
+        return gather_rows(x_MD, layout.token_P, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        slot_MK = ctx.layout.slot_MK
-        total_MD = grads[0].index_select(0, slot_MK[:, 0]).to(ctx.dtype)
-        for choice in range(1, slot_MK.shape[1]):
-            total_MD += grads[0].index_select(0, slot_MK[:, choice])
-        return total_MD, None, None
+        return reduce_slots(grads[0], ctx.layout.slot_MK, None, ctx.dtype), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -119,28 +121,15 @@ class Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, out_PD: Tensor, weight_MK: Tensor, layout: SlotLayout, dtype: torch.dtype) -> Tensor:
-        slot_MK = layout.slot_MK
         ctx.save_for_backward(out_PD, weight_MK)
-        ctx.layout = layout
-        picked_MD = out_PD.index_select(0, slot_MK[:, 0]).to(dtype)
-        total_MD = picked_MD * weight_MK[:, :1].to(dtype)
-        for choice in range(1, slot_MK.shape[1]):
-            picked_MD = out_PD.index_select(0, slot_MK[:, choice]).to(dtype)
-            total_MD.addcmul_(picked_MD, weight_MK[:, choice : choice + 1].to(dtype))
-        return total_MD
+        ctx.slot_MK = layout.slot_MK
+        return reduce_slots(out_PD, layout.slot_MK, weight_MK, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         out_PD, weight_MK = ctx.saved_tensors
-        slot_MK, token_P, grad_MD = ctx.layout.slot_MK, ctx.layout.token_P, grads[0]
-        weight_P = torch.zeros(len(token_P), dtype=grad_MD.dtype, device=grad_MD.device)
-        weight_P[slot_MK.reshape(-1)] = weight_MK.reshape(-1).to(grad_MD.dtype)
-        grad_PD = (grad_MD.index_select(0, token_P) * weight_P.unsqueeze(1)).to(out_PD.dtype)
-        grad_weight_MK = torch.stack(
-            [(out_PD.index_select(0, slot_M).to(grad_MD.dtype) * grad_MD).sum(dim=-1) for slot_M in slot_MK.unbind(1)],
-            dim=1,
-        )
-        return grad_PD, grad_weight_MK.to(weight_MK.dtype), None, None
+        grad_PD, grad_weight_MK = reduce_slots_backward(grads[0], out_PD, ctx.slot_MK, weight_MK)
+        return grad_PD, grad_weight_MK, None, None
 
 
 class GroupedSwiGLU(torch.autograd.Function):

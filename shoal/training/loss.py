@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.kernels.dispatch import cross_entropy_rows_
 from shoal.model.load_balance import auxiliary_loss, sequence_balance_loss
 from shoal.model.router import Routing
 from shoal.model.transformer import Transformer
@@ -36,16 +37,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total, best_M = hidden_MD.new_zeros(()), torch.empty_like(label_M)
         for chunk in _chunks(len(label_M), len(weight_VD)):
             low_hidden, label = hidden_MD[chunk].to(dtype), label_M[chunk]
-            logit_MV = torch.mm(low_hidden, low_weight.t()).to(hidden_MD.dtype)
-            best_M[chunk] = logit_MV.argmax(dim=-1)
-            log_probability_MV = logit_MV.log_softmax(dim=-1)
-            total -= log_probability_MV.gather(1, label.unsqueeze(1)).sum()
-            if grad_hidden is not None and grad_weight is not None:
-                grad_logit = log_probability_MV.exp_()
-                grad_logit.scatter_add_(1, label.unsqueeze(1), grad_logit.new_full((len(label), 1), -1.0))
-                low_grad = grad_logit.to(dtype)
-                grad_hidden[chunk] = torch.mm(low_grad, low_weight).to(hidden_MD.dtype)
-                grad_weight += torch.mm(low_grad.t(), low_hidden).to(weight_VD.dtype)
+            score_MV = torch.mm(low_hidden, low_weight.t())
+            loss_M, best_M[chunk] = cross_entropy_rows_(score_MV, label)
+            total += loss_M.sum()
+            if grad_hidden is not None and grad_weight is not None:  # the scores have become their own gradient
+                grad_hidden[chunk] = torch.mm(score_MV, low_weight).to(hidden_MD.dtype)
+                grad_weight += torch.mm(score_MV.t(), low_hidden).to(weight_VD.dtype)
         ctx.save_for_backward(*(t for t in (grad_hidden, grad_weight) if t is not None))
         ctx.mark_non_differentiable(best_M)
         return total, best_M

@@ -7,7 +7,17 @@ import torch
 
 from shoal.kernels import reference
 from shoal.kernels.cpu.build import library
-from shoal.kernels.dispatch import document_attention, rms_norm, swiglu_backward, swiglu_forward
+from shoal.kernels.dispatch import (
+    cross_entropy_rows_,
+    document_attention,
+    gather_rows,
+    reduce_slots,
+    reduce_slots_backward,
+    rms_norm,
+    sample_rows,
+    swiglu_backward,
+    swiglu_forward,
+)
 
 needs_library = pytest.mark.skipif(
     library() is None, reason="no C++ compiler on this machine: the reference does the work"
@@ -97,3 +107,59 @@ def test_without_kernels_pytorch_does_the_work_and_says_so(tmp_path, changes, sa
     is_missing, value = done.stdout.split()
     assert is_missing == "True" and float(value) == pytest.approx(3 / 12.5**0.5, rel=1e-5)
     assert said in done.stderr
+
+
+@needs_library
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("rows, width", [(1, 1), (5, 16), (9, 37)])
+def test_cross_entropy_equals_its_definition(dtype, tolerance, rows, width):
+    generator = torch.Generator().manual_seed(1)
+    score = (torch.randn(rows, width, generator=generator) * 6).to(dtype)
+    label = torch.randint(0, width, (rows,), generator=generator)
+    want_gradient, got_gradient = score.clone(), score.clone()
+    want_loss, want_best = reference.cross_entropy_rows_(want_gradient, label)
+    got_loss, got_best = cross_entropy_rows_(got_gradient, label)
+    assert torch.allclose(got_loss, want_loss, atol=1e-5, rtol=1e-5) and torch.equal(got_best, want_best)
+    assert torch.allclose(got_gradient.float(), want_gradient.float(), atol=tolerance)
+
+
+@needs_library
+def test_cross_entropy_of_nan_scores_is_nan():
+    score = torch.randn(2, 40)
+    score[0, 3] = float("nan")
+    loss, _ = cross_entropy_rows_(score, torch.tensor([1, 2]))
+    assert bool(loss[0].isnan()) and bool(loss[1].isfinite())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_slot_kernels_equal_their_definitions(dtype, tolerance):
+    generator = torch.Generator().manual_seed(2)
+    tokens, choices, width, slots = 7, 3, 21, 25
+    slot = torch.randperm(slots, generator=generator)[: tokens * choices].view(tokens, choices)
+    x, grad = torch.randn(slots, width, generator=generator).to(dtype), torch.randn(tokens, width, generator=generator)
+    weight, hidden = torch.rand(tokens, choices, generator=generator), torch.randn(tokens, width, generator=generator)
+    token = torch.randint(0, tokens, (slots,), generator=generator)
+    assert torch.equal(gather_rows(hidden, token, dtype), reference.gather_rows(hidden, token, dtype))
+    for factor in (weight, None):
+        got, want = (f(x, slot, factor, torch.float32) for f in (reduce_slots, reference.reduce_slots))
+        assert torch.allclose(got, want, atol=1e-5)
+    got, want = (f(grad, x, slot, weight) for f in (reduce_slots_backward, reference.reduce_slots_backward))
+    assert torch.allclose(got[0].float(), want[0].float(), atol=tolerance)
+    assert torch.allclose(got[1], want[1], atol=1e-4)
+
+
+@needs_library
+def test_sampling_kernel_draws_what_the_definition_draws():
+    generator = torch.Generator().manual_seed(3)
+    rows, width = 400, 53
+    logit = torch.randn(rows, width, generator=generator) * 3
+    temperature = torch.rand(rows, generator=generator) * 2
+    temperature[::5] = 0
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    got, want = (f(logit, temperature, uniform) for f in (sample_rows, reference.sample_rows))
+    assert float((got[0] == want[0]).float().mean()) > 0.995  # a draw may fall on a boundary of the other's rounding
+    same = got[0] == want[0]
+    assert torch.allclose(got[1][same], want[1][same], atol=1e-4) and bool(got[2].all())
+    logit[3, 2] = float("inf")
+    assert sample_rows(logit, temperature, uniform)[2].logical_not().nonzero().tolist() == [[3]]

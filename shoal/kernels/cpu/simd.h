@@ -134,6 +134,8 @@ inline void put_bf16(bf16* p, Lanes v) {
 #endif
 }
 
+inline void put(bf16* p, Lanes v) { put_bf16(p, v); }
+
 inline Lanes lanes(const bf16* p) {
     uint16_t raw __attribute__((vector_size(32)));
     std::memcpy(&raw, p, sizeof raw);
