@@ -36,16 +36,22 @@ int thread_index() {
 #endif
 }
 
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp_lanes(-x)); }
+
 template <typename T>
 void swiglu_forward(const T* gate_up, T* act, int64_t rows, int64_t width) {
+    const int64_t whole = width / LANES * LANES;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const T* gate = gate_up + row * 2 * width;
         const T* up = gate + width;
         T* out = act + row * width;
-#pragma omp simd
-        for (int64_t f = 0; f < width; ++f) {
-            float g = load(gate, f);
+        for (int64_t f = 0; f < whole; f += LANES) {
+            const Lanes g = lanes(gate + f);
+            put(out + f, g * sigmoid(g) * lanes(up + f));
+        }
+        for (int64_t f = whole; f < width; ++f) {
+            const float g = load(gate, f);
             store(out, f, g / (1.0f + fast_exp(-g)) * load(up, f));
         }
     }
@@ -53,6 +59,7 @@ void swiglu_forward(const T* gate_up, T* act, int64_t rows, int64_t width) {
 
 template <typename T>
 void swiglu_backward(const T* grad_act, const T* gate_up, T* grad_gate_up, T* act, int64_t rows, int64_t width) {
+    const int64_t whole = width / LANES * LANES;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const T* gate = gate_up + row * 2 * width;
@@ -61,14 +68,19 @@ void swiglu_backward(const T* grad_act, const T* gate_up, T* grad_gate_up, T* ac
         T* grad_gate = grad_gate_up + row * 2 * width;
         T* grad_up = grad_gate + width;
         T* out = act + row * width;
-#pragma omp simd
-        for (int64_t f = 0; f < width; ++f) {
-            float g = load(gate, f), u = load(up, f), d = load(grad, f);
-            float sigmoid = 1.0f / (1.0f + fast_exp(-g));
-            float silu = g * sigmoid;
+        for (int64_t f = 0; f < whole; f += LANES) {
+            const Lanes g = lanes(gate + f), u = lanes(up + f), d = lanes(grad + f);
+            const Lanes s = sigmoid(g), silu = g * s;
+            put(out + f, silu * u);
+            put(grad_up + f, d * silu);
+            put(grad_gate + f, d * u * s * (1.0f + g * (1.0f - s)));
+        }
+        for (int64_t f = whole; f < width; ++f) {
+            const float g = load(gate, f), u = load(up, f), d = load(grad, f);
+            const float s = 1.0f / (1.0f + fast_exp(-g)), silu = g * s;
             store(out, f, silu * u);
             store(grad_up, f, d * silu);
-            store(grad_gate, f, d * u * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+            store(grad_gate, f, d * u * s * (1.0f + g * (1.0f - s)));
         }
     }
 }
