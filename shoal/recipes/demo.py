@@ -348,6 +348,7 @@ def _describe(skill: SkillReport) -> str:
     return (
         f"pass@1 {skill.pass_at['1']:.1%} ({low:.1%} to {high:.1%}), {skill.response_tokens:.1f} tokens per answer, "
         f"{skill.worked_fraction:.0%} show work (right {_percent(skill.accuracy_worked)}; direct {_percent(skill.accuracy_direct)})"
+        + ("" if skill.mtp_acceptance is None else f", MTP drafts accepted {skill.mtp_acceptance:.0%}")
     )
 
 

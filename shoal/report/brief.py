@@ -165,6 +165,8 @@ def _rl_summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         f"pass_at_{largest}_after": [one["pass_at"][largest] for one in after],
         "length_before": before["response_tokens"],
         "length_after": [one["response_tokens"] for one in after],
+        "mtp_acceptance_before": before.get("mtp_acceptance"),
+        "mtp_acceptance_after": [one.get("mtp_acceptance") for one in after],
         "seeds": [one["seed"] for one in after],
         "gain_mode_choice": choice,
         "gain_execution": total - choice,
@@ -260,9 +262,19 @@ def _skill_table(run: RunRecord) -> str:
             f"{skill['worked_fraction']:.0%}",
             _share(skill["accuracy_worked"]),
             _share(skill["accuracy_direct"]),
+            _share(skill.get("mtp_acceptance")),
         ]
         cells.append(f"<tr><td>{_text(name)}</td>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>")
-    heads = ("", "pass@1", "95 % interval", "tokens", "show work", "right when worked", "right when direct")
+    heads = (
+        "",
+        "pass@1",
+        "95 % interval",
+        "tokens",
+        "show work",
+        "right when worked",
+        "right when direct",
+        "drafts accepted",
+    )
     return (
         "<div class=scroll><table><tr>"
         + "".join(f"<th>{head}</th>" for head in heads)

@@ -10,12 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from shoal.engine.engine import Engine
+from shoal.model.transformer import Transformer
 from shoal.rl.grpo import shows_work
 from shoal.rl.pass_at_k import estimate_pass_at_k
 from shoal.rl.rewards import accuracy_reward
-from shoal.rl.rollout import Prompter, sample_rollouts
+from shoal.rl.rollout import Prompter, Rollouts, sample_rollouts
 from shoal.rl.tasks.task import Problem
+from shoal.rl.update import pack_rollouts
+from shoal.training.loss import LossWeights, batch_loss, mtp_acceptance
 
 SAMPLES_PER_PASS = 1024
 """Answers in flight at once."""
@@ -34,6 +39,8 @@ class SkillReport:
     accuracy_worked: float | None
     accuracy_direct: float | None
     truncated: float
+    mtp_acceptance: float | None
+    """Share of the MTP module's drafts that the model itself ranks first, along its own answers; None without MTP."""
     problems: int
     samples_per_problem: int
     examples: list[str]
@@ -59,6 +66,7 @@ def measure_skill(
     texts: list[str] = []
     lengths: list[int] = []
     truncated = 0
+    first_rollouts = None
     per_pass = max(1, SAMPLES_PER_PASS // samples_per_problem)
     for start in range(0, len(problems), per_pass):
         part = problems[start : start + per_pass]
@@ -71,6 +79,7 @@ def measure_skill(
             temperature=temperature,
             seed=seed + start,
         )
+        first_rollouts = first_rollouts or rollouts
         texts += rollouts.texts
         lengths += [len(completion.token_ids) for completion in rollouts.completions]
         truncated += sum(completion.finish_reason == "length" for completion in rollouts.completions)
@@ -90,10 +99,27 @@ def measure_skill(
         accuracy_worked=_share(right, worked, True),
         accuracy_direct=_share(right, worked, False),
         truncated=truncated / len(texts),
+        mtp_acceptance=draft_acceptance(engine.model, first_rollouts) if first_rollouts else None,
         problems=len(problems),
         samples_per_problem=samples_per_problem,
         examples=texts[::samples_per_problem][:num_examples],
     )
+
+
+@torch.no_grad()
+def draft_acceptance(model: Transformer, rollouts: Rollouts, num_answers: int = 256) -> float | None:
+    """How often the first MTP module's greedy draft equals the model's own greedy choice, along sampled answers.
+
+    That is the acceptance rate of greedy speculative decoding on this kind of text. None without MTP modules.
+    """
+    if not model.config.num_nextn_predict_layers:
+        return None
+    chosen = range(min(num_answers, len(rollouts.completions)))
+    packed = pack_rollouts(rollouts, chosen, [True] * len(rollouts.completions), row_tokens=512)
+    arrays = (packed.token_BS, packed.label_BS, packed.document_BS, packed.position_BS)
+    loss = batch_loss(model, *arrays, weights=LossWeights(), step_tokens=1)
+    accepted, drafted = mtp_acceptance(loss.main, loss.mtp)[0]
+    return accepted / drafted if drafted else None
 
 
 def may_lengthen(base: SkillReport) -> bool:

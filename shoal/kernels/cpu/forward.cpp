@@ -587,6 +587,20 @@ void packed_linear(const shoal::Matrix* w, const float* x, int64_t rows, float* 
     }
 }
 
+// Read an array once with all threads; what it returns only keeps the compiler honest. The measured limit of bandwidth.
+float stream_sum(const float* x, int64_t count) {
+    float total = 0.0f;
+#pragma omp parallel reduction(+ : total)
+    {
+        shoal::Lanes sums[8] = {};
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < count / (8 * shoal::LANES); ++block)
+            for (int64_t j = 0; j < 8; ++j) sums[j] += shoal::lanes(x + (block * 8 + j) * shoal::LANES);
+        for (int64_t j = 0; j < 8; ++j) total += sums[j][0];
+    }
+    return total;
+}
+
 // Draw one token per row: `log_softmax(logit / temperature)`, then the first token whose cumulated probability passes
 // `uniform` (temperature 0: the largest logit). Reference: engine/sampling.py.
 void sample_rows(const float* logit, const float* temperature, const double* uniform, int64_t rows, int64_t width, int64_t* token, float* logprob, uint8_t* finite) {
