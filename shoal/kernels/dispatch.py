@@ -1,7 +1,7 @@
 """One name per operation; behind it the fastest kernel that fits the tensors, else the reference.
 
-A kernel fits when the tensors are float32 (SwiGLU: also bfloat16) on the CPU and the library could be built. Callers see
-ordinary differentiable functions. Every pair is compared in `tests/kernels/test_dispatch.py`.
+A kernel fits when the tensors are float32 (some: also bfloat16) on the CPU and the library could be built. Under
+`torch.compile` the reference is traced instead, and the compiler fuses it. Callers see ordinary differentiable functions. Every pair is compared in `tests/kernels/test_dispatch.py`.
 """
 
 import ctypes
@@ -182,7 +182,8 @@ def _evenly_spaced_heads(value_BSHU: Tensor) -> tuple[Tensor, int]:
 def _fits(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
     dtype = tensors[0].dtype
     return (
-        dtype in dtypes
+        not torch.compiler.is_compiling()
+        and dtype in dtypes
         and all(t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
         and library() is not None
     )

@@ -65,6 +65,8 @@ class OptimizerSet:
         if is_finite:
             for optimizer in self.optimizers:
                 optimizer.step()
+            # PyTorch's fused AdamW writes without counting; whoever packed the weights tells by the count that they are old.
+            torch.autograd.graph.increment_version(parameters)
         self.clear()
         return norm if is_finite else None
 

@@ -13,6 +13,7 @@ from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import set_compute_dtype
 from shoal.model.transformer import Transformer, initialise
 from shoal.presets import preset
+from shoal.training.optimizer import OptimizerConfig, OptimizerSet
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the PyTorch path does this work")
 
@@ -149,3 +150,19 @@ def test_models_that_do_not_fit_take_the_pytorch_path():
     assert isinstance(runner_for(odd), TransformerRunner)
     assert isinstance(runner_for(model_of({})), PackedRunner)
     assert isinstance(runner_for(model_of({}).double()), TransformerRunner)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_optimizer_step_is_seen_by_the_packed_weights(kind):
+    model = model_of({"n_routed_experts": None, "topk_method": "noaux_tc"})
+    optimizers = OptimizerSet(model, OptimizerConfig(kind=kind, learning_rate=0.05))
+    packed, plain = PackedRunner(model), TransformerRunner(model)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizers.step()
+        logits = [
+            runner.prefill([[3, 1, 4]], LatentCache(model.config, 1, 8, dtype=runner.cache_dtype))
+            for runner in (packed, plain)
+        ]
+        torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
