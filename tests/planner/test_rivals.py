@@ -94,7 +94,9 @@ def test_v4_decodes_with_the_published_share_of_v3_2s_work():
     )
     pro, flash = rival("v4-pro").decode_flops(MILLION), rival("v4-flash").decode_flops(MILLION)
     assert (pro.linear / 1e9, pro.attention / 1e9, pro.indexer / 1e9) == pytest.approx((98.0, 76.7, 128.8), rel=1e-3)
-    assert (flash.linear / 1e9, flash.attention / 1e9, flash.indexer / 1e9) == pytest.approx((26.0, 23.6, 90.2), rel=1e-3)
+    assert (flash.linear / 1e9, flash.attention / 1e9, flash.indexer / 1e9) == pytest.approx(
+        (26.0, 23.6, 90.2), rel=1e-3
+    )
     assert pro.bf16_equivalent / whole.bf16_equivalent == pytest.approx(0.27, abs=0.01)
     assert flash.bf16_equivalent / whole.bf16_equivalent == pytest.approx(0.10, abs=0.005)
 
