@@ -77,9 +77,9 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
         WeightFormat(name="bf16", bytes_per_weight=2, arithmetic="bf16", is_head_converted=True),
         # V3's release: one float32 scale for 128 by 128 weights, head in bf16.
         WeightFormat(name="fp8", bytes_per_weight=1 + 4 / 128**2, arithmetic="fp8", is_head_converted=False),
-        # Shoal's own: a scale per row, far below a percent and left out; a bf16 scale per 64 weights.
+        # Shoal's own: a scale per row, far below a percent and left out; a bf16 scale per 32 weights.
         WeightFormat(name="int8", bytes_per_weight=1, arithmetic="int8", is_head_converted=True),
-        WeightFormat(name="int4", bytes_per_weight=0.5 + 2 / 64, arithmetic="int8", is_head_converted=True),
+        WeightFormat(name="int4", bytes_per_weight=0.5 + 2 / 32, arithmetic="int8", is_head_converted=True),
     )
 }
 
