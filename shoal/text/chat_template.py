@@ -1,28 +1,20 @@
 """Conversations to token ids, without letting what people type become control tokens.
 
 The default template is DeepSeek R1's format. Foreign templates are Jinja programs from strangers: they run only in
-Jinja's immutable sandbox, with bounded loops, output and time. And because a template pastes user text between control
+`template_sandbox`, with bounded steps, memory and time. And because a template pastes user text between control
 tokens, user text that *spells* a control token would become one; `encode` prevents that by rendering with unguessable
 placeholders where the contents go and encoding contents as ordinary text afterwards.
 """
 
 import json
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
-
 from shoal.errors import TokenizerError
+from shoal.text.template_sandbox import BoundedTemplate
 from shoal.text.tokenizer import Tokenizer
-
-MAX_TEMPLATE_CHARS = 200_000
-MAX_OUTPUT_CHARS = 20_000_000
-MAX_RENDER_S = 5.0
-MAX_RANGE = 100_000
 
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}"
@@ -42,18 +34,8 @@ class ChatTemplate:
     """A compiled chat template."""
 
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
-        if len(source) > MAX_TEMPLATE_CHARS:
-            raise TokenizerError(
-                f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are accepted."
-            )
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals |= {"range": _bounded_range, "raise_exception": _refuse}
-        environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template is not valid Jinja: {error}.") from error
+        self._template = BoundedTemplate(source)
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -102,20 +84,7 @@ class ChatTemplate:
             "eos_token": self.eos_token,
         }
         values |= {"add_generation_prompt": add_generation_prompt, "thinking": bool(thinking), "tools": None}
-        started_s, parts, length = time.monotonic(), [], 0
-        try:
-            for part in self._template.generate(**values):
-                parts.append(part)
-                length += len(part)
-                if length > MAX_OUTPUT_CHARS or time.monotonic() - started_s > MAX_RENDER_S:
-                    raise TokenizerError("the chat template ran past its limits of size or time; use another template.")
-        except TokenizerError:
-            raise
-        except Exception as error:  # a foreign program may fail in any way
-            raise TokenizerError(
-                f"the chat template failed on these messages: {type(error).__name__}: {error}."
-            ) from error
-        return "".join(parts)
+        return self._template.render(values)
 
     def encode(
         self,
@@ -160,14 +129,3 @@ class ChatTemplate:
 
 def _placeholder(nonce: str, index: int) -> str:
     return f"\ue000{nonce}-{index}\ue001"
-
-
-def _bounded_range(*bounds: int) -> range:
-    values = range(*bounds)
-    if len(values) > MAX_RANGE:
-        raise TokenizerError(f"the chat template asks for a range of {len(values)}; at most {MAX_RANGE} is accepted.")
-    return values
-
-
-def _refuse(message: str) -> None:
-    raise TokenizerError(f"the chat template refuses these messages: {message}")
