@@ -1,7 +1,8 @@
 """Batches from shards, for ever, resumable to the sample.
 
-Two modes. "pack" puts whole short documents together in rows (synthetic problems, chats); "stream" cuts one long text into
-windows. Each epoch has its own order, drawn from (seed, epoch), so the loader's whole state is two numbers.
+Two modes. "pack" puts whole short documents together in rows (synthetic problems, chats); "stream" cuts long texts into
+windows of consecutive tokens, which may begin and end inside a document. In both, documents in a row are hidden from each
+other. Each epoch has its own order, drawn from (seed, epoch), so the loader's whole state is two numbers.
 """
 
 from collections.abc import Iterator
@@ -89,13 +90,17 @@ def evaluation_batches(
     if mode == "stream":
         rest = shards.num_tokens - 1 - len(rows) * row_tokens
         if rest > 0:
-            yield batch_of_windows(shards.stream(), [len(rows) * row_tokens], rest)
+            yield _windows(shards, [len(rows) * row_tokens], rest)
 
 
 def _batch(shards: Shards, rows: list[Any], row_tokens: int, pad_token: int) -> Batch:
     if isinstance(rows[0], int):
-        return batch_of_windows(shards.stream(), rows, row_tokens)
+        return _windows(shards, rows, row_tokens)
     members = [number for row in rows for number in row]
     documents = [shards.document(number) for number in members]
     place = iter(range(len(members)))
     return batch_of_documents(documents, [[next(place) for _ in row] for row in rows], row_tokens, pad_token)
+
+
+def _windows(shards: Shards, starts: list[int], row_tokens: int) -> Batch:
+    return batch_of_windows([shards.window(start, start + row_tokens + 1) for start in starts])

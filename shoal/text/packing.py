@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import DataError
+from shoal.text.shards import Window
 
 IGNORE_LABEL = -100
 
@@ -93,11 +94,23 @@ def batch_of_documents(
     return Batch(token_BS=token, label_BS=label, document_BS=document, position_BS=position)
 
 
-def batch_of_windows(stream: NDArray[np.integer], starts: Sequence[int], row_tokens: int) -> Batch:
-    """Rows of consecutive tokens of one long stream, each with the token after it as its last label."""
-    window = np.stack([np.asarray(stream[start : start + row_tokens + 1], dtype=np.int64) for start in starts])
-    shape = (len(starts), row_tokens)
-    position = np.broadcast_to(np.arange(row_tokens), shape)
+def batch_of_windows(windows: Sequence[Window]) -> Batch:
+    """Rows of consecutive tokens; the last token of each window is only a label.
+
+    As in packed rows, documents are kept apart: numbered from 0 in each row, positions restarting, no label across a
+    border. A document that began before the window counts its positions from the window's start.
+    """
+    tokens = np.stack([window.tokens for window in windows])
+    counts = np.stack([window.counts for window in windows])
+    numbers = np.stack([window.documents for window in windows])
+    is_label_BS = counts[:, 1:] & (numbers[:, 1:] == numbers[:, :-1])
+    index_BS = np.broadcast_to(np.arange(tokens.shape[1] - 1), is_label_BS.shape)
+    is_begin_BS = np.zeros(is_label_BS.shape, np.bool_)
+    is_begin_BS[:, 1:] = numbers[:, 1:-1] != numbers[:, :-2]
+    begin_BS = np.maximum.accumulate(np.where(is_begin_BS, index_BS, 0), axis=1)
     return Batch(
-        token_BS=window[:, :-1], label_BS=window[:, 1:], document_BS=np.zeros(shape, np.int64), position_BS=position
+        token_BS=tokens[:, :-1],
+        label_BS=np.where(is_label_BS, tokens[:, 1:], IGNORE_LABEL),
+        document_BS=np.cumsum(is_begin_BS, axis=1),
+        position_BS=index_BS - begin_BS,
     )

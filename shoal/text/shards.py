@@ -33,6 +33,17 @@ class ShardIndex:
     directory: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Consecutive tokens of a corpus, across the borders of documents and shards."""
+
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.bool_]
+    """Where a token counts in the loss."""
+    documents: NDArray[np.int64]
+    """Number in the corpus of the document that each token is part of."""
+
+
 class ShardWriter:
     """Writes documents to shards. Call `close` at the end; without it nothing can be opened."""
 
@@ -132,6 +143,10 @@ class Shards:
         ]
         self._offsets = [np.fromfile(directory / f"{name}.offsets", "<u8").astype(np.int64) for name, _ in names]
         self._first_document = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
+        self._first_token = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
+        self._document_starts = np.concatenate(
+            [offsets[:-1] + first for offsets, first in zip(self._offsets, self._first_token, strict=False)]
+        )
 
     @classmethod
     def open(cls, directory: Path, *, expected_digest: str | None = None, verify: bool = True) -> "Shards":
@@ -176,9 +191,19 @@ class Shards:
         """Tokens of every document."""
         return np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
-    def stream(self) -> NDArray[np.integer]:
-        """All tokens in order, as one array; memory-mapped when there is a single shard."""
-        return self._tokens[0] if len(self._tokens) == 1 else np.concatenate(self._tokens)
+    def window(self, start: int, stop: int) -> "Window":
+        """Consecutive tokens `start` to `stop` of the whole corpus; only they are read, whatever shards they lie in."""
+        first = int(np.searchsorted(self._first_token, start, side="right")) - 1
+        last = int(np.searchsorted(self._first_token, stop, side="left"))
+        tokens, counts = [], []
+        for shard in range(first, last):
+            begin = int(self._first_token[shard])
+            here = slice(max(0, start - begin), stop - begin)
+            labels = self._labels[shard]
+            tokens.append(self._tokens[shard][here].astype(np.int64))
+            counts.append(np.ones(len(tokens[-1]), np.bool_) if labels is None else labels[here].astype(np.bool_))
+        number = np.searchsorted(self._document_starts, np.arange(start, stop), side="right") - 1
+        return Window(tokens=np.concatenate(tokens), counts=np.concatenate(counts), documents=number)
 
 
 def _check_file(path: Path, facts: dict[str, Any], verify: bool) -> None:

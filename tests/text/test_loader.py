@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -69,10 +70,56 @@ def test_stream_windows_cover_the_text_without_repeating_in_an_epoch(shards):
 
 
 def test_evaluation_takes_every_label_once(shards):
-    batches = list(evaluation_batches(shards, batch_rows=4, row_tokens=16, mode="stream"))
-    assert sum((batch.label_BS != IGNORE_LABEL).sum() for batch in batches) == shards.num_tokens - 1
-    packed = list(evaluation_batches(shards, batch_rows=4, row_tokens=16, mode="pack"))
-    assert sum((batch.label_BS != IGNORE_LABEL).sum() for batch in packed) == shards.num_tokens - shards.num_documents
+    for mode in ("stream", "pack"):
+        batches = list(evaluation_batches(shards, batch_rows=4, row_tokens=16, mode=mode))
+        labels = sum((batch.label_BS != IGNORE_LABEL).sum() for batch in batches)
+        assert labels == shards.num_tokens - shards.num_documents
+
+
+def test_documents_in_a_stream_window_are_kept_apart(shards):
+    """Every document of this corpus repeats its own number, so tokens tell where the borders are."""
+    for batch in itertools.islice(_loader(shards, "stream"), 10):
+        for tokens, labels, documents, positions in zip(
+            batch.token_BS, batch.label_BS, batch.document_BS, batch.position_BS
+        ):
+            borders = [0, *(at for at in range(1, 16) if tokens[at] != tokens[at - 1]), 16]
+            for number, (begin, end) in enumerate(itertools.pairwise(borders)):
+                assert documents[begin:end].tolist() == [number] * (end - begin)
+                assert positions[begin:end].tolist() == list(range(end - begin))
+                assert labels[begin : end - 1].tolist() == tokens[begin + 1 : end].tolist()
+                assert labels[end - 1] in (IGNORE_LABEL, *([tokens[15]] if end == 16 else []))
+
+
+def test_a_single_text_is_read_as_one_document(tmp_path):
+    writer = ShardWriter(tmp_path, vocab_size=1000, tokenizer_digest="abc")
+    writer.add(np.arange(500))
+    writer.close()
+    batch = next(iter(_loader(Shards.open(tmp_path), "stream")))
+    assert (batch.label_BS == batch.token_BS + 1).all() and not batch.document_BS.any()
+    assert (batch.position_BS == np.arange(16)).all()
+
+
+def test_masked_tokens_of_a_stream_are_no_labels(tmp_path):
+    writer = ShardWriter(tmp_path, vocab_size=1000, tokenizer_digest="abc")
+    writer.add(np.arange(500), [token % 2 == 0 for token in range(500)])
+    writer.close()
+    batch = next(iter(_loader(Shards.open(tmp_path), "stream")))
+    wanted = np.where(batch.token_BS % 2 == 1, batch.token_BS + 1, IGNORE_LABEL)
+    assert (batch.label_BS == wanted).all()
+
+
+def test_a_batch_of_windows_reads_no_more_than_its_windows(tmp_path):
+    writer = ShardWriter(tmp_path, vocab_size=1000, tokenizer_digest="abc", shard_tokens=500_000)
+    for _ in range(8):
+        writer.add(np.arange(500_000) % 1000)
+    writer.close()
+    batches = iter(_loader(Shards.open(tmp_path, verify=False), "stream"))
+    next(batches)
+    tracemalloc.start()
+    next(batches)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 200_000
 
 
 def test_documents_longer_than_a_row_and_tiny_corpora_are_refused(shards):

@@ -28,7 +28,25 @@ def test_documents_come_back_as_written_over_several_shards(tmp_path):
         tokens, labels = opened.document(number)
         assert tokens.tolist() == document and labels.tolist() == mask
     assert opened.document_lengths().tolist() == [3, 1, 4, 2, 1]
-    assert opened.stream().tolist() == [token for document in documents for token in document]
+
+
+def test_windows_run_across_documents_and_shards(tmp_path):
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17, 18]]
+    _write(tmp_path, documents, shard_tokens=4)
+    opened = Shards.open(tmp_path)
+    assert len(list(tmp_path.glob("*.tokens"))) == 3
+    numbers = [number for number, document in enumerate(documents) for _ in document]
+    for start in range(18):
+        for stop in range(start + 1, 19):
+            window = opened.window(start, stop)
+            assert window.tokens.tolist() == list(range(start + 1, stop + 1))
+            assert window.documents.tolist() == numbers[start:stop]
+            assert window.counts.all() and len(window.counts) == stop - start
+
+
+def test_windows_say_which_tokens_count_in_the_loss(tmp_path):
+    _write(tmp_path, [[1, 2], [3, 4]], shard_tokens=2, masks=[[False, True], None])
+    assert Shards.open(tmp_path).window(0, 4).counts.tolist() == [False, True, True, True]
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
