@@ -6,8 +6,14 @@ Every variant is `min(ratio * A, clip(ratio) * A) - kl_coefficient * KL`, per re
   arXiv 2503.14476), or token sums over a constant length (`constant`, Dr. GRPO, arXiv 2503.20783);
 - how far the ratio may go: symmetric, wider above (DAPO 0.2 / 0.28), or hardly limited (R1: 10, whose lower bound
   1 - 10 never binds);
-- whose ratio it is: the token's, or the geometric mean over its sequence (`level="sequence"`, GSPO, arXiv 2507.18071).
+- whose ratio it is: the token's, or the geometric mean over its sequence (`level="sequence"`, GSPO, arXiv 2507.18071);
+- how the divergence is estimated: Schulman's k3, whose *gradient* is biased once samples are not the policy's own, or k3
+  times the token's ratio, whose gradient is that of the divergence itself (`"unbiased"`, DeepSeek-V3.2 §3.1,
+  arXiv 2512.02556);
+- what is left out or weighted down because it is too far off-policy: wrong answers that have drifted
+  (`off_policy_threshold`, V3.2 §3.1), and tokens the engine drew from another distribution (`importance`).
 
+The last two act on the policy term alone, never on the divergence, and leave every normaliser as it is.
 R1's paper prints the sequence form without the length root; every open framework, and we, use per-token ratios there.
 Normalisers are handed in, so that the gradient of a step does not depend on how it is cut into micro-batches.
 """
@@ -19,6 +25,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import ConfigError, TaskError
+from shoal.rl.importance import ImportanceConfig, importance_weights
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios beyond this are cut before exponentiation: exp(20) is already absurd, exp(90) is infinite in float32."""
@@ -38,6 +45,11 @@ class ObjectiveConfig:
     max_response_tokens: int | None = None
     """The constant length that "constant" divides by; unused otherwise."""
     level: Literal["token", "sequence"] = "token"
+    kl_estimator: Literal["k3", "unbiased"] = "k3"
+    off_policy_threshold: float | None = None
+    """Answers with a negative advantage whose mean log(sampler / policy) exceeds this, nats per token, do not count."""
+    importance: ImportanceConfig | None = None
+    """Weights that correct for the engine's own distribution; needs the engine's log-probabilities."""
 
     def __post_init__(self) -> None:
         for name in ("clip_low", "clip_high", "kl_coefficient"):
@@ -49,6 +61,12 @@ class ObjectiveConfig:
             raise ConfigError(f"level={self.level!r} is unknown; use 'token' or 'sequence'.")
         if self.loss_average == "constant" and (self.max_response_tokens or 0) < 1:
             raise ConfigError("loss_average='constant' divides by max_response_tokens; give the longest response.")
+        if self.kl_estimator not in ("k3", "unbiased"):
+            raise ConfigError(f"kl_estimator={self.kl_estimator!r} is unknown; use 'k3' or 'unbiased'.")
+        if self.off_policy_threshold is not None and not self.off_policy_threshold > 0:
+            raise ConfigError(
+                f"off_policy_threshold={self.off_policy_threshold} must be positive (nats per token), or None for no mask."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +78,15 @@ class ObjectiveResult:
     clip_fraction: float
     """Share of tokens whose gradient the clip removed."""
     kl: float
-    """k3 estimate of the divergence from the reference, nats per token; 0 without a reference."""
+    """Estimate of the divergence from the reference, nats per token; 0 without a reference."""
     ratio_mean: float
+    clip_high_fraction: float = 0.0
+    """The part of `clip_fraction` at the upper bound: right answers that may not become likelier still."""
+    off_policy_fraction: float = 0.0
+    """Share of the answers that the off-policy mask left out."""
+    importance_mean: float = 1.0
+    importance_bounded_fraction: float = 0.0
+    """Share of the tokens whose importance weight was cut or dropped."""
 
 
 def policy_objective(
@@ -72,6 +97,7 @@ def policy_objective(
     config: ObjectiveConfig,
     reference_logprob_MT: Tensor | None = None,
     *,
+    engine_logprob_MT: Tensor | None = None,
     num_tokens_total: int | None = None,
     num_sequences_total: int | None = None,
 ) -> ObjectiveResult:
@@ -79,38 +105,64 @@ def policy_objective(
 
     Args:
         logprob_MT: log-probabilities of the response tokens under the policy, with gradient.
-        old_logprob_MT: the same under the policy that sampled them.
+        old_logprob_MT: the same before this rollout's first update: the trainer's, or the engine's if nobody
+            recomputed them.
         advantage_M: one per answer, from `advantage`.
         mask_MT: true (or 1) at response tokens; what stands elsewhere is never looked at.
         reference_logprob_MT: the same under the reference; needed for a KL coefficient, measured without one.
+        engine_logprob_MT: the same as the engine reported them; None where `old_logprob_MT` are the engine's already.
+            Needed for `config.importance`; the off-policy mask measures from them.
         num_tokens_total: response tokens of the whole step, over all micro-batches; None counts this one.
         num_sequences_total: answers of the whole step; None counts this one.
     Raises:
-        TaskError: shapes that do not fit, an advantage that is not finite, a KL coefficient without a reference.
+        TaskError: shapes that do not fit, an advantage that is not finite, a KL coefficient without a reference,
+            importance weights without the engine's log-probabilities.
     """
-    _check(logprob_MT, old_logprob_MT, advantage_M, mask_MT, config, reference_logprob_MT)
+    _check(logprob_MT, old_logprob_MT, advantage_M, mask_MT, config, reference_logprob_MT, engine_logprob_MT)
     mask_MT = mask_MT.bool()
     length_M = mask_MT.sum(dim=1)
     # Masked places may hold anything, infinities too: cut them before any arithmetic, so no NaN reaches a gradient.
     log_ratio_MT = torch.where(mask_MT, logprob_MT - old_logprob_MT, 0.0)
-    if config.level == "sequence":
-        log_ratio_MT = (log_ratio_MT.sum(dim=1) / length_M.clamp_min(1)).unsqueeze(1).expand_as(log_ratio_MT)
-    ratio_MT = log_ratio_MT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    kl_MT = _divergence(logprob_MT, reference_logprob_MT, mask_MT, log_ratio_MT, config)
+    ratio_MT = _ratio(log_ratio_MT, length_M, config.level)
     advantage_M1 = advantage_M.to(ratio_MT.dtype).unsqueeze(1)
     clipped_MT = ratio_MT.clamp(1 - config.clip_low, 1 + config.clip_high)
+    was_clipped_MT = (clipped_MT * advantage_M1 < ratio_MT * advantage_M1) & mask_MT
     gain_MT = torch.minimum(ratio_MT * advantage_M1, clipped_MT * advantage_M1)
-    kl_MT = _k3_divergence(logprob_MT, reference_logprob_MT, mask_MT)
+    gain_MT, facts = _discount_off_policy(
+        gain_MT, logprob_MT, old_logprob_MT, engine_logprob_MT, advantage_M, mask_MT, config
+    )
     if config.kl_coefficient:
         gain_MT = gain_MT - config.kl_coefficient * kl_MT
-    loss = -_average(gain_MT, mask_MT, length_M, config, num_tokens_total, num_sequences_total)
-    was_clipped_MT = (clipped_MT * advantage_M1 < ratio_MT * advantage_M1) & mask_MT
     num_tokens = max(int(length_M.sum()), 1)
     return ObjectiveResult(
-        loss=loss,
+        loss=-_average(gain_MT, mask_MT, length_M, config, num_tokens_total, num_sequences_total),
         clip_fraction=int(was_clipped_MT.sum()) / num_tokens,
+        clip_high_fraction=int((was_clipped_MT & (advantage_M1 > 0)).sum()) / num_tokens,
         kl=float((kl_MT.detach() * mask_MT).sum()) / num_tokens,
         ratio_mean=float((ratio_MT.detach() * mask_MT).sum()) / num_tokens,
+        **facts,
     )
+
+
+@torch.no_grad()
+def off_policy_sequences(
+    logprob_MT: Tensor, sampler_logprob_MT: Tensor, advantage_M: Tensor, mask_MT: Tensor, threshold: float
+) -> Tensor:
+    """Which answers the off-policy sequence mask leaves out, bool `[M]`.
+
+    DeepSeek-V3.2 §3.1: those with a negative advantage and a mean of `log sampler - log policy` over their tokens above
+    the threshold. A policy learns most from its own mistakes; somebody else's, pushed down, only unsettle it. Right
+    answers stay whoever wrote them.
+
+    Args:
+        logprob_MT: under the policy as it is now.
+        sampler_logprob_MT: under the policy that drew the tokens, best as the engine itself reported them.
+        threshold: nats per token.
+    """
+    mask_MT = mask_MT.bool()
+    drift_M = torch.where(mask_MT, sampler_logprob_MT - logprob_MT, 0.0).sum(dim=1) / mask_MT.sum(dim=1).clamp_min(1)
+    return (advantage_M < 0) & (drift_M > threshold)
 
 
 def token_entropy(logits: Tensor, *, chunk_rows: int = 1024) -> Tensor:
@@ -125,12 +177,54 @@ def token_entropy(logits: Tensor, *, chunk_rows: int = 1024) -> Tensor:
     return torch.cat(parts).view(logits.shape[:-1]) if len(flat_MV) else logits.new_zeros(logits.shape[:-1]).to(dtype)
 
 
-def _k3_divergence(logprob_MT: Tensor, reference_MT: Tensor | None, mask_MT: Tensor) -> Tensor:
-    """Schulman's k3: `exp(d) - d - 1` with `d = log reference - log policy`; unbiased and never negative."""
+def _discount_off_policy(
+    gain_MT: Tensor,
+    logprob_MT: Tensor,
+    old_logprob_MT: Tensor,
+    engine_logprob_MT: Tensor | None,
+    advantage_M: Tensor,
+    mask_MT: Tensor,
+    config: ObjectiveConfig,
+) -> tuple[Tensor, dict[str, float]]:
+    """The policy term under off-policy mask and importance weights, and what they did, by its name in the result."""
+    sampler_MT = old_logprob_MT if engine_logprob_MT is None else engine_logprob_MT
+    facts: dict[str, float] = {}
+    if config.off_policy_threshold is not None:
+        left_out_M = off_policy_sequences(logprob_MT, sampler_MT, advantage_M, mask_MT, config.off_policy_threshold)
+        gain_MT = torch.where(left_out_M.unsqueeze(1), 0.0, gain_MT)
+        facts["off_policy_fraction"] = int(left_out_M.sum()) / max(len(left_out_M), 1)
+    if config.importance is not None:
+        weights = importance_weights(old_logprob_MT, sampler_MT, mask_MT, config.importance)
+        gain_MT = gain_MT * weights.weight_MT
+        facts |= {"importance_mean": weights.mean, "importance_bounded_fraction": weights.bounded_fraction}
+    return gain_MT, facts
+
+
+def _ratio(log_ratio_MT: Tensor, length_M: Tensor, level: str) -> Tensor:
+    if level == "sequence":
+        log_ratio_MT = (log_ratio_MT.sum(dim=1) / length_M.clamp_min(1)).unsqueeze(1).expand_as(log_ratio_MT)
+    return _bounded_exp(log_ratio_MT)
+
+
+def _bounded_exp(log_ratio_MT: Tensor) -> Tensor:
+    return log_ratio_MT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _divergence(
+    logprob_MT: Tensor, reference_MT: Tensor | None, mask_MT: Tensor, log_ratio_MT: Tensor, config: ObjectiveConfig
+) -> Tensor:
+    """Schulman's k3, `exp(d) - d - 1` with `d = log reference - log policy`: never negative, unbiased on-policy.
+
+    "unbiased" multiplies it by the token's ratio, differentiated as well: the value is then unbiased for the sampler's
+    tokens, and the gradient collapses to `ratio * (log policy - log reference)`, that of the divergence itself. k3 alone
+    gives `1 - reference / policy`, which explodes where the policy has become much less likely than the reference.
+    """
     if reference_MT is None:
         return torch.zeros_like(logprob_MT)
     difference_MT = torch.where(mask_MT, reference_MT - logprob_MT, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return difference_MT.exp() - difference_MT - 1
+    k3_MT = difference_MT.exp() - difference_MT - 1
+    # Always the token's own ratio: a sequence's geometric mean (GSPO) is no importance weight of its tokens.
+    return k3_MT if config.kl_estimator == "k3" else k3_MT * _bounded_exp(log_ratio_MT)
 
 
 def _average(
@@ -158,10 +252,10 @@ def _check(
     mask_MT: Tensor,
     config: ObjectiveConfig,
     reference_MT: Tensor | None,
+    engine_MT: Tensor | None,
 ) -> None:
-    shapes = [list(t.shape) for t in (logprob_MT, old_logprob_MT, mask_MT)]
-    if reference_MT is not None:
-        shapes.append(list(reference_MT.shape))
+    given = (logprob_MT, old_logprob_MT, mask_MT, reference_MT, engine_MT)
+    shapes = [list(t.shape) for t in given if t is not None]
     if logprob_MT.ndim != 2 or any(shape != shapes[0] for shape in shapes) or advantage_M.shape != logprob_MT.shape[:1]:
         raise TaskError(
             f"log-probabilities and mask must share one shape [answers, tokens], got {shapes}; "
@@ -172,4 +266,9 @@ def _check(
     if config.kl_coefficient and reference_MT is None:
         raise TaskError(
             f"kl_coefficient={config.kl_coefficient} needs the reference policy's log-probabilities; pass them, or set it to 0."
+        )
+    if config.importance is not None and engine_MT is None:
+        raise TaskError(
+            "importance weights compare the trainer with the engine: pass engine_logprob_MT beside the trainer's own "
+            "old_logprob_MT, or set importance to None."
         )
