@@ -4,6 +4,10 @@ GRPO (DeepSeekMath §4.1) samples several answers to one question and takes the 
 its standard deviation as the scale. Dr. GRPO (arXiv 2503.20783) leaves the scale out, because it weights questions by
 how rarely they are answered; RLOO compares each answer with the mean of the *others*. All three give zero to a group
 whose answers scored alike: such a group teaches nothing, and `informative_fraction` says how many are left.
+
+DAPO (arXiv 2503.14476) draws the consequence: groups that are all right or all wrong are replaced by others before the
+update (dynamic sampling; `informative_groups` is its predicate), and answers near the length limit lose reward gradually
+instead of being cut off as if they were wrong (`overlong_penalty`).
 """
 
 from typing import Literal
@@ -46,10 +50,45 @@ def rloo_advantages(reward_M: Tensor, group_size: int) -> Tensor:
     return _silence_equal_groups(reward_PO - others_PO, reward_PO).flatten()
 
 
+def informative_groups(score_M: Tensor, group_size: int) -> Tensor:
+    """Which groups teach something: bool `[groups]`, true where the answers' scores differ.
+
+    Dynamic sampling keeps these and samples on until the batch is full (DAPO eq. 11, `0 < right answers < group size`).
+
+    Args:
+        score_M: accuracy, to follow the paper; with a shaped reward, lengths alone would make a group look informative.
+    Raises:
+        TaskError: the groups do not come out even, or a score is not finite.
+    """
+    return _differs(_grouped(score_M, group_size))
+
+
 def informative_fraction(reward_M: Tensor, group_size: int) -> float:
     """Share of the groups whose rewards differ: the questions that still teach something."""
-    reward_PO = _grouped(reward_M, group_size)
-    return float(_differs(reward_PO).double().mean())
+    return float(informative_groups(reward_M, group_size).double().mean())
+
+
+def overlong_penalty(length_M: Tensor, max_response_tokens: int, cache_tokens: int) -> Tensor:
+    """What to add to the reward for length: 0, falling to -1 over the last `cache_tokens` before the limit.
+
+    DAPO eq. 13 (soft overlong punishment); published limit 20480, cache 4096, on top of a reward of 1 or -1.
+
+    Args:
+        length_M: response tokens of each answer.
+    Returns:
+        float32 `[M]`.
+    Raises:
+        TaskError: the cache is empty or larger than the limit, or a length is negative.
+    """
+    if not 0 < cache_tokens <= max_response_tokens:
+        raise TaskError(
+            f"cache_tokens={cache_tokens} must be at least 1 and at most max_response_tokens={max_response_tokens}; "
+            "the published share is a fifth of it."
+        )
+    if length_M.ndim != 1 or bool((length_M < 0).any()):
+        raise TaskError(f"lengths must be one count per answer, 0 or more; got {length_M.tolist()}.")
+    free_tokens = max_response_tokens - cache_tokens
+    return ((free_tokens - length_M.float()) / cache_tokens).clamp(-1.0, 0.0)
 
 
 def _grouped(reward_M: Tensor, group_size: int) -> Tensor:

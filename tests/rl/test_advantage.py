@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import TaskError
-from shoal.rl.advantage import group_advantages, informative_fraction, rloo_advantages
+from shoal.rl.advantage import (
+    group_advantages,
+    informative_fraction,
+    informative_groups,
+    overlong_penalty,
+    rloo_advantages,
+)
 
 
 def test_std_advantages_match_a_hand_computed_group() -> None:
@@ -45,6 +51,36 @@ def test_integer_rewards_are_accepted() -> None:
 
 def test_informative_fraction_counts_groups_that_differ() -> None:
     assert informative_fraction(torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0]), 2) == pytest.approx(1 / 3)
+
+
+@given(st.lists(st.booleans(), min_size=12, max_size=12))
+def test_informative_groups_are_those_with_some_but_not_all_answers_right(right: list[bool]) -> None:
+    counts = [sum(right[start : start + 4]) for start in range(0, 12, 4)]
+    assert informative_groups(torch.tensor(right).float(), 4).tolist() == [0 < count < 4 for count in counts]
+
+
+def test_a_group_that_is_not_informative_has_no_advantage_and_every_other_has() -> None:
+    score_M = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    assert informative_groups(score_M, 3).tolist() == (group_advantages(score_M, 3).view(3, 3) != 0).any(1).tolist()
+
+
+def test_overlong_penalty_falls_over_the_published_cache() -> None:
+    length_M = torch.tensor([0, 16384, 16385, 18432, 20480, 20481, 99999])
+    wanted = [0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0, -1.0]
+    assert overlong_penalty(length_M, 20480, 4096).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "cache", "message"),
+    [
+        ([3], 10, 0, "cache_tokens=0"),
+        ([3], 10, 11, "max_response_tokens=10"),
+        ([3, -1], 10, 2, r"\[3, -1\]"),
+    ],
+)
+def test_impossible_overlong_settings_are_refused(lengths: list[int], limit: int, cache: int, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        overlong_penalty(torch.tensor(lengths), limit, cache)
 
 
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=4, max_size=4), min_size=1, max_size=5))
