@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _read_json_lines(path: Path, text_key: str) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _text_of_line(line, f"{path}, line {number}", text_key, path)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no whole gzip file ({error}); fetch it again.") from error
 
 

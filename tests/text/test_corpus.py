@@ -39,6 +39,25 @@ def test_bad_files_name_the_place_and_what_to_do(tmp_path, name, data, message):
         list(read_documents([path]))
 
 
+def _damaged(how: str) -> bytes:
+    whole = gzip.compress(b"".join(json.dumps({"text": f"row {n * n}"}).encode() + b"\n" for n in range(200)), mtime=0)
+    middle, end = len(whole) // 2, len(whole) - 8
+    return {
+        "cut off": whole[:middle],
+        "changed": whole[:20] + b"\xff" * 40 + whole[60:],
+        "wrong checksum": whole[:end] + bytes(4) + whole[end + 4 :],
+        "followed by something": whole + b"tail",
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["cut off", "changed", "wrong checksum", "followed by something"])
+def test_damaged_gzip_files_say_so(tmp_path, how):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(_damaged(how))
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz is no whole gzip file .*; fetch it again"):
+        list(read_documents([path]))
+
+
 def test_missing_and_empty_places_are_named(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         list(read_documents([tmp_path / "nowhere.txt"]))
