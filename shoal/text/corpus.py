@@ -59,7 +59,7 @@ def _read(path: Path, text_key: str) -> Iterator[str]:
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
         yield from _read_json_lines(path, text_key)
     else:
-        yield _decode(path.read_bytes(), path)
+        yield _decode(path.read_bytes(), str(path))
 
 
 def _read_json_lines(path: Path, text_key: str) -> Iterator[str]:
@@ -68,14 +68,14 @@ def _read_json_lines(path: Path, text_key: str) -> Iterator[str]:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _text_of_line(line, f"{path}, line {number}", text_key, path)
+                    yield _text_of_line(line, f"{path}, line {number}", text_key)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no whole gzip file ({error}); fetch it again.") from error
 
 
-def _text_of_line(line: bytes, where: str, text_key: str, path: Path) -> str:
+def _text_of_line(line: bytes, where: str, text_key: str) -> str:
     try:
-        value = json.loads(_decode(line, path))
+        value = json.loads(_decode(line, where))
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object.") from error
     text = value.get(text_key) if isinstance(value, dict) else None
@@ -104,8 +104,8 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
         yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
 
 
-def _decode(data: bytes, path: Path) -> str:
+def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first.") from error
+        raise DataError(f"{where}: byte {error.start} is not UTF-8; convert the file to UTF-8 first.") from error

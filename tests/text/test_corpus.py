@@ -27,6 +27,7 @@ def test_folders_are_read_in_order_and_every_format_gives_its_documents(tmp_path
         ("a.txt", b"ok \xff\xfe", "byte 3 is not UTF-8"),
         ("a.txt", b"  \n ", "no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xe9"}\n', r"a\.jsonl, line 3: byte 10 is not UTF-8"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "the line has body, id"),
         ("a.jsonl.gz", b"not gzip", "no whole gzip"),
         ("a.parquet", b"PAR1 nonsense", "no readable Parquet"),
