@@ -10,18 +10,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from shoal.errors import DataError, DiskFullError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +138,23 @@ class Shards:
         self.num_tokens: int = index["num_tokens"]
         self.num_documents: int = index["num_documents"]
         dtype = np.dtype(index["dtype"])
-        names = [(shard["name"], shard["files"]) for shard in index["shards"]]
-        self._tokens = [np.memmap(directory / f"{name}.tokens", dtype, "r") for name, _ in names]
-        self._labels = [
-            np.memmap(directory / f"{name}.labels", np.uint8, "r") if f"{name}.labels" in files else None
-            for name, files in names
-        ]
-        self._offsets = [np.fromfile(directory / f"{name}.offsets", "<u8").astype(np.int64) for name, _ in names]
+        self._tokens: list[NDArray[Any]] = []
+        self._labels: list[NDArray[np.uint8] | None] = []
+        self._offsets: list[NDArray[np.int64]] = []
+        for name, files in _checked_shards(index, directory / INDEX):
+            tokens = _mapped(directory / f"{name}.tokens", dtype)
+            labels = _mapped(directory / f"{name}.labels", np.uint8) if f"{name}.labels" in files else None
+            offsets = _mapped(directory / f"{name}.offsets", "<u8").astype(np.int64)
+            fits = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all()
+            if not fits or (labels is not None and len(labels) != len(tokens)):
+                raise DataError(f"the files of {directory / name} do not fit each other; prepare the shards again.")
+            self._tokens.append(tokens)
+            self._labels.append(labels)
+            self._offsets.append(offsets)
         self._first_document = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self._first_token = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
         self._document_starts = np.concatenate(
-            [offsets[:-1] + first for offsets, first in zip(self._offsets, self._first_token, strict=False)]
+            [offsets[:-1] + first for offsets, first in zip(self._offsets, self._first_token[:-1], strict=True)]
         )
 
     @classmethod
@@ -162,20 +171,16 @@ class Shards:
             )
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            files = {name: facts for shard in index["shards"] for name, facts in shard["files"].items()}
-            version, digest = index["format"], index["tokenizer_sha256"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error}); prepare the shards again.") from error
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{directory} has shard format {version}, this version reads {FORMAT_VERSION}; prepare the shards again."
-            )
-        if expected_digest is not None and digest != expected_digest:
+        shards = _checked_shards(index, path)
+        if expected_digest is not None and index["tokenizer_sha256"] != expected_digest:
             raise DataError(
                 f"{directory} was made with another tokenizer; prepare the shards again with the one in use."
             )
-        for name, facts in files.items():
-            _check_file(directory / Path(name).name, facts, verify)
+        for _, files in shards:
+            for name, facts in files.items():
+                _check_file(directory / name, facts, verify)
         return cls(index, directory)
 
     def document(self, number: int) -> tuple[NDArray[np.integer], NDArray[np.bool_] | None]:
@@ -204,6 +209,45 @@ class Shards:
             counts.append(np.ones(len(tokens[-1]), np.bool_) if labels is None else labels[here].astype(np.bool_))
         number = np.searchsorted(self._document_starts, np.arange(start, stop), side="right") - 1
         return Window(tokens=np.concatenate(tokens), counts=np.concatenate(counts), documents=number)
+
+
+def _checked_shards(index: Any, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Name and files of every shard, from an index that is whole and names nothing outside its directory."""
+    try:
+        version, dtype, shards = index["format"], index["dtype"], index["shards"]
+        is_whole = all(isinstance(index[name], int) for name in ("vocab_size", "num_tokens", "num_documents"))
+        is_whole &= dtype in ("<u2", "<u4") and isinstance(index["tokenizer_sha256"], str)
+        named = [(shard["name"], shard["files"]) for shard in shards]
+        facts = [entry for _, files in named for entry in files.values()]
+        is_whole &= all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in facts)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}); prepare the shards again.") from error
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path.parent} has shard format {version}, this version reads {FORMAT_VERSION}; prepare the shards again."
+        )
+    if not is_whole or not named:
+        raise DataError(f"{path} is damaged (a value of the wrong kind, or no shards); prepare the shards again.")
+    for name, files in named:
+        for file in [name, *files]:
+            if not PLAIN_NAME.fullmatch(str(file)):
+                raise DataError(
+                    f"{path} names {file!r}, which is no plain file name; do not use shards from this source."
+                )
+        needed, known = {f"{name}.tokens", f"{name}.offsets"}, {f"{name}.labels"}
+        if not needed <= set(files) <= needed | known:
+            raise DataError(
+                f"{path} is damaged: shard {name} lists {', '.join(files)}; needed are {', '.join(sorted(needed))}. "
+                "Prepare the shards again."
+            )
+    return named
+
+
+def _mapped(path: Path, dtype: DTypeLike) -> NDArray[Any]:
+    try:
+        return np.memmap(path, dtype, "r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); prepare the shards again.") from error
 
 
 def _check_file(path: Path, facts: dict[str, Any], verify: bool) -> None:

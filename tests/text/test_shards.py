@@ -95,6 +95,72 @@ def test_a_damaged_index_is_refused(tmp_path):
         Shards.open(tmp_path)
 
 
+def _rewrite_index(directory: Path, change) -> None:
+    path = directory / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("suffix", [".offsets", ".tokens"])
+def test_an_index_that_leaves_out_a_needed_file_is_refused(tmp_path, suffix):
+    _write(tmp_path, [[1, 2]])
+    _rewrite_index(tmp_path, lambda index: index["shards"][0]["files"].pop("shard-00000" + suffix))
+    (tmp_path / ("shard-00000" + suffix)).unlink()
+    with pytest.raises(DataError, match=r"shard-00000 lists .*\. Prepare the shards again"):
+        Shards.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("vocab_size"),
+        lambda index: index.update(num_tokens="2"),
+        lambda index: index.update(dtype="O"),
+        lambda index: index.update(shards=[]),
+        lambda index: index.update(shards=3),
+        lambda index: index["shards"][0].update(files=["shard-00000.tokens"]),
+        lambda index: index["shards"][0]["files"]["shard-00000.tokens"].pop("bytes"),
+    ],
+)
+def test_every_part_of_the_index_is_checked(tmp_path, change):
+    _write(tmp_path, [[1, 2]])
+    _rewrite_index(tmp_path, change)
+    with pytest.raises(DataError, match=r"damaged .*prepare the shards again"):
+        Shards.open(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["../elsewhere/", "/", "..", "", ".", "a\\", "a\0", "a/../../elsewhere/", "a\n"])
+def test_names_that_lead_out_of_the_directory_are_refused(tmp_path, prefix):
+    """Also when what they lead to is there and matches its checksum."""
+    directory, elsewhere = tmp_path / "shards", tmp_path / "elsewhere"
+    _write(directory, [[1, 2]])
+    _write(elsewhere, [[3, 4]])
+
+    def lead_out(index):
+        shard = index["shards"][0]
+        name = prefix + shard["name"] if prefix.endswith(("/", "\\", "\0", "\n")) else prefix
+        shard["files"] = {name + file[len(shard["name"]) :]: facts for file, facts in shard["files"].items()}
+        shard["name"] = name
+
+    _rewrite_index(directory, lead_out)
+    with pytest.raises(DataError, match="no plain file name"):
+        Shards.open(directory, verify=False)
+    with pytest.raises(DataError, match="no plain file name"):
+        Shards(json.loads((directory / "index.json").read_text()), directory)
+
+
+def test_offsets_that_do_not_fit_the_tokens_are_refused(tmp_path):
+    _write(tmp_path, [[1, 2], [3]])
+    (tmp_path / "shard-00000.offsets").write_bytes(np.array([0, 2, 9], "<u8").tobytes())
+    with pytest.raises(DataError, match="do not fit each other"):
+        Shards.open(tmp_path, verify=False)
+    (tmp_path / "shard-00000.offsets").write_bytes(b"")
+    index = json.loads((tmp_path / "index.json").read_text())
+    with pytest.raises(DataError, match=r"offsets cannot be read .*; prepare the shards again"):
+        Shards(index, tmp_path)
+
+
 def test_ids_outside_the_vocabulary_and_empty_corpora_are_refused(tmp_path):
     writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
     with pytest.raises(DataError, match=r"0\.\.9"):
