@@ -6,6 +6,7 @@ with sizes, SHA-256 sums, and the digest of the tokenizer that made them. The in
 one is an unfinished preparation.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from shoal.errors import DataError, DiskFullError
+from shoal.errors import DataError, DiskFullError, ShoalError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -48,13 +49,20 @@ class Window:
 
 
 class ShardWriter:
-    """Writes documents to shards. Call `close` at the end; without it nothing can be opened."""
+    """Writes documents to shards. Call `close` at the end; without it nothing can be opened.
+
+    Raises:
+        DataError, DiskFullError: the directory cannot be written to.
+    """
 
     def __init__(
         self, directory: Path, *, vocab_size: int, tokenizer_digest: str, shard_tokens: int = 64_000_000
     ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / INDEX).unlink(missing_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / INDEX).unlink(missing_ok=True)
+        except OSError as error:
+            raise _refusal(directory, error, 0) from error
         self.directory, self.vocab_size, self.digest, self.shard_tokens = (
             directory,
             vocab_size,
@@ -67,9 +75,12 @@ class ShardWriter:
         self._lengths: list[int] = []
         self._masked, self._pending = False, 0
         self._shards: list[dict[str, Any]] = []
+        self._written: list[Path] = []
+        self._has_failed = False
 
     def add(self, token_ids: Sequence[int] | NDArray[np.integer], loss_mask: Sequence[bool] | None = None) -> None:
         """Append one document; `loss_mask` is True where a token counts in the loss."""
+        self._refuse_after_failure()
         ids = np.asarray(token_ids)
         if len(ids) == 0:
             return
@@ -92,8 +103,9 @@ class ShardWriter:
 
         Raises:
             DataError: no document was added.
-            DiskFullError: nothing half-written is left.
+            DiskFullError: no room; like after any other failure, none of the corpus is left behind.
         """
+        self._refuse_after_failure()
         self._flush()
         if not self._shards:
             raise DataError("the corpus gave no tokens; check that its files contain text.")
@@ -106,7 +118,7 @@ class ShardWriter:
             "num_documents": sum(shard["num_documents"] for shard in self._shards),
             "shards": self._shards,
         }
-        _write(self.directory / INDEX, json.dumps(index, indent=1).encode())
+        self._write(INDEX, json.dumps(index, indent=1).encode())
         return ShardIndex(
             num_tokens=index["num_tokens"], num_documents=index["num_documents"], directory=self.directory
         )
@@ -121,12 +133,28 @@ class ShardWriter:
             parts[".labels"] = np.concatenate(self._labels).tobytes()
         files = {}
         for suffix, data in parts.items():
-            _write(self.directory / (name + suffix), data)
+            self._write(name + suffix, data)
             files[name + suffix] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self._shards.append(
             {"name": name, "num_tokens": int(offsets[-1]), "num_documents": len(self._lengths), "files": files}
         )
         self._tokens, self._labels, self._lengths, self._pending = [], [], [], 0
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file; on failure remove what was written before, which without its index is of no use."""
+        try:
+            _write(self.directory / name, data)
+        except BaseException:
+            self._has_failed = True
+            for path in self._written:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            raise
+        self._written.append(self.directory / name)
+
+    def _refuse_after_failure(self) -> None:
+        if self._has_failed:
+            raise DataError(f"writing to {self.directory} failed before; begin again with a new ShardWriter.")
 
 
 class Shards:
@@ -277,10 +305,34 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                f"no room on the disk for {path.name} ({len(data)} bytes); free some space and run again."
-            ) from error
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _refusal(path, error, len(data)) from error
         raise
+
+
+NO_ROOM = {
+    errno.ENOSPC: "no room on the disk; free some space",
+    errno.EDQUOT: "your disk quota is used up; free some space or have it raised",
+    errno.EFBIG: "the file system or a limit allows no file this large; use another disk or smaller shards",
+}
+
+NO_ACCESS = {
+    errno.EROFS: "the disk is read-only; use another directory",
+    errno.EACCES: "there is no permission to write there; use another directory",
+    errno.EPERM: "there is no permission to write there; use another directory",
+    errno.EIO: "the disk fails (input/output error); check it or use another one",
+}
+
+
+def _refusal(path: Path, error: OSError, num_bytes: int) -> ShoalError:
+    """What a failed write means for the user."""
+    what = f"cannot write {path} ({num_bytes} bytes)"
+    number = error.errno or 0
+    if number in NO_ROOM:
+        return DiskFullError(f"{what}: {NO_ROOM[number]} and run again.")
+    return DataError(
+        f"{what}: {NO_ACCESS.get(number, f'{error.strerror or error}; use another directory')} and run again."
+    )

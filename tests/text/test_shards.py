@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -169,17 +171,74 @@ def test_ids_outside_the_vocabulary_and_empty_corpora_are_refused(tmp_path):
         writer.close()
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
-    writer.add(np.arange(5))
+FAILURES = {
+    errno.ENOSPC: (DiskFullError, "free some space"),
+    errno.EDQUOT: (DiskFullError, "quota"),
+    errno.EFBIG: (DiskFullError, "no file this large"),
+    errno.EROFS: (DataError, "read-only"),
+    errno.EACCES: (DataError, "no permission"),
+    errno.EPERM: (DataError, "no permission"),
+    errno.EIO: (DataError, "the disk fails"),
+    errno.ENODEV: (DataError, "No such device"),
+}
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(shards_module.os, "fsync", full)
-    with pytest.raises(DiskFullError, match="free some space"):
+@pytest.mark.parametrize("number", FAILURES, ids=errno.errorcode.get)
+@pytest.mark.parametrize("num_good_writes", [0, 1, 2, 4])
+def test_a_failed_write_says_why_and_leaves_nothing(tmp_path, monkeypatch, number, num_good_writes):
+    """Two shards and the index are five files; the one after `num_good_writes` fails."""
+    fsync, num_calls = os.fsync, 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > num_good_writes:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(shards_module.os, "fsync", fail)
+    kind, message = FAILURES[number]
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc", shard_tokens=5)
+    with pytest.raises(kind, match=f"cannot write .*{message}.* and run again"):
+        writer.add(np.arange(5))
+        writer.add(np.arange(5))
         writer.close()
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="begin again"):
+        writer.close()
+    with pytest.raises(DataError, match="begin again"):
+        writer.add([1])
+
+
+def test_a_limit_on_file_sizes_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
+    writer.add(np.zeros(10_000, np.int64))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DiskFullError, match="no file this large"):
+            writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards_module.os, "fsync", interrupt)
+    writer = ShardWriter(tmp_path, vocab_size=10, tokenizer_digest="abc")
+    writer.add([1])
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="use another directory"):
+        ShardWriter(tmp_path / "file" / "shards", vocab_size=10, tokenizer_digest="abc")
 
 
 def test_a_mask_of_another_length_is_refused(tmp_path):
