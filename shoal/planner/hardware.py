@@ -165,27 +165,29 @@ class Cluster:
         )
 
 
-def cpu_device(num_cores: int, memory_bytes: int) -> Device:
-    """A machine without accelerator, by what two cores were measured to do; figures grow with the cores up to a socket's.
+def cpu_device(num_cores: int, memory_bytes: int, *, has_amx: bool = False) -> Device:
+    """A machine without accelerator, by what two of its cores do; figures grow with the cores up to a socket's.
 
+    Args:
+        has_amx: matrix units, on Intel since Sapphire Rapids: five times the bf16 of other cores, and little else.
     Raises:
         ConfigError: no such machine: cores outside 1..1024 or implausible memory.
     """
     if type(num_cores) is not int or not 1 <= num_cores <= 1024:
         raise ConfigError(f"num_cores={num_cores!r} must be a whole number from 1 to 1024.")
-    rent = cpu_assumptions(num_cores)
+    rent, core = cpu_assumptions(num_cores), _AMX_CORE if has_amx else _CORE
     return Device(
-        name=f"cpu-{num_cores}core",
+        name=f"{'amx' if has_amx else 'cpu'}-{num_cores}core",
         memory_bytes=memory_bytes,
         # A full server socket (eight DDR5-4800 channels, 307 GB/s) is where adding cores stops adding bandwidth.
-        bandwidth_bytes_per_s=min(26.5e9 / 2 * num_cores, 307e9),
-        flops={"bf16": 0.875e12 * num_cores, "int8": 1.75e12 * num_cores, "fp32": 0.075e12 * num_cores},
+        bandwidth_bytes_per_s=min(core.bandwidth_bytes_per_s * num_cores, 307e9),
+        flops={precision: speed * num_cores for precision, speed in core.flops.items()},
         power_w=rent.power_w.value,
         price_usd_per_h=rent.price_usd_per_h.value,
         link_bytes_per_s=0,
         network_bytes_per_s=1.25e9,
         devices_per_node=1,
-        source=f"{_TWO_CORES}; rent: {rent.price_usd_per_h.source}; power: {rent.power_w.source}; network: 10 Gbit/s assumed",
+        source=f"{core.source}; rent: {rent.price_usd_per_h.source}; power: {rent.power_w.source}; network: 10 Gbit/s assumed",
     )
 
 
@@ -202,13 +204,13 @@ def device(name: str, known: Mapping[str, Device] | None = None) -> Device:
     if key in table:
         return table[key]
     raise ConfigError(
-        f"unknown hardware {name!r}{did_you_mean(key, table)}; known: {', '.join(table)}, or '2 cores, 24 GiB' for a machine "
-        f"without accelerator. To add one, write a JSON file like {_example()} and pass its path as the hardware file."
+        f"unknown hardware {name!r}{did_you_mean(key, table)}; known: {', '.join(table)}, or '2 cores, 24 GiB' ('2 AMX cores') for "
+        f"a machine without accelerator. To add one, write a JSON file like {_example()} and pass its path as the hardware file."
     )
 
 
 def parse_fit(text: str, known: Mapping[str, Device] | None = None) -> Cluster:
-    """Hardware as people write it: `8x h800`, `h200`, `2 cores, 24 GiB`.
+    """Hardware as people write it: `8x h800`, `h200`, `2 cores, 24 GiB`, `2 AMX cores, 24 GiB`.
 
     Args:
         known: what `load_devices` returned; None takes `DEVICES`.
@@ -271,7 +273,7 @@ def _from_json(name: str, row: dict[str, Any]) -> Device:
 
 def _parse_cores(text: str) -> Device:
     wanted = "write for example '2 cores, 24 GiB'"
-    cores = re.search(r"(\d{1,6})\s*(?:v?cpu\s+)?cores?\b", text, re.IGNORECASE)
+    cores = re.search(r"(\d{1,6})\s*(amx\s+|v?cpu\s+)?cores?\b", text, re.IGNORECASE)
     if cores is None:
         raise ConfigError(f"no number of cores in {text!r}; {wanted}.")
     rest = (text[: cores.start()] + text[cores.end() :]).strip(" ,+")
@@ -286,7 +288,8 @@ def _parse_cores(text: str) -> Device:
             f"memory of {amount} {unit or 'without a unit'} in {text!r} is unclear{bits}; "
             f"use {', '.join(_MEMORY_UNITS)}: {wanted}."
         )
-    return cpu_device(int(cores[1]), int(float(amount) * _MEMORY_UNITS[unit]))
+    has_amx = (cores[2] or "").strip().lower() == "amx"
+    return cpu_device(int(cores[1]), int(float(amount) * _MEMORY_UNITS[unit]), has_amx=has_amx)
 
 
 _MEMORY_UNITS = {"MiB": 2**20, "MB": 10**6, "GiB": GIB, "GB": 10**9, "TiB": 2**40, "TB": 10**12}
@@ -326,9 +329,26 @@ def _example() -> str:
     )
 
 
-_TWO_CORES = (
-    "measured on two virtual cores of a Sapphire Rapids server: 26.5 GB/s from memory, 1.75 TFLOP/s in bf16 (AMX), 0.15 in "
-    "fp32; int8 taken as twice bf16 by instruction width"
+@dataclass(frozen=True, kw_only=True)
+class _Core:
+    """One of two virtual cores that were measured together."""
+
+    bandwidth_bytes_per_s: float
+    flops: dict[Precision, float]
+    source: str
+
+
+_CORE = _Core(
+    bandwidth_bytes_per_s=9.7e9,
+    flops={"bf16": 166e9, "int8": 333e9, "fp32": 83e9},
+    source="two virtual cores of an AMD EPYC (Zen 4): 19.4 GB/s from memory, measured; arithmetic by instruction width at "
+    "2.6 GHz (AVX-512 BF16 and VNNI), of which 0.23 of 0.33 TFLOP/s were measured in bf16 on a shared machine",
+)
+_AMX_CORE = _Core(
+    bandwidth_bytes_per_s=13.25e9,
+    flops={"bf16": 875e9, "int8": 1750e9, "fp32": 75e9},
+    source="two virtual cores of an Intel Sapphire Rapids: 26.5 GB/s from memory, 1.75 TFLOP/s in bf16 (AMX) and 0.15 in fp32, "
+    "all measured; int8 taken as twice bf16 by instruction width",
 )
 _HOPPER: dict[Precision, float] = {"bf16": 989.5e12, "fp8": 1979e12, "int8": 1979e12, "fp32": 67e12}
 _DGX_H100_W = 10_200 / 8
@@ -455,6 +475,7 @@ DEVICES: dict[str, Device] = {
             "and four cards to a machine are assumed; rent: about 0.4 USD at marketplaces, from memory, not verified",
         ),
         cpu_device(2, 24 * GIB),
+        cpu_device(2, 24 * GIB, has_amx=True),
     )
 }
-"""By name, lower case. `cpu-2core` is the machine that this project is measured on: two cores, 24 GiB."""
+"""By name, lower case. `cpu-2core` is the machine of this project's own figures: two cores, 24 GiB."""
