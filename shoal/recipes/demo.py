@@ -78,9 +78,9 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
             checkpoint_every=100,
         ),
         rl=GrpoConfig(
-            steps=48,
+            steps=60,
             prompts_per_step=16,
-            optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.0),
+            optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-4, weight_decay=0.0),
             decay_fraction=0.5,
             max_response_tokens=128,
             bias_speed=3e-3,

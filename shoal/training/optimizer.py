@@ -26,6 +26,9 @@ class OptimizerConfig:
     muon_learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8
+    """Of AdamW, added to the root of the second moment. As large as the gradients' own entries it takes away full steps in
+    directions that have next to no gradient: reinforcement learning with few samples needs that (docs/log.md)."""
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
@@ -37,8 +40,8 @@ class OptimizerConfig:
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive.")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1).")
-        if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ConfigError("weight_decay and clip_norm must not be negative.")
+        if self.weight_decay < 0 or self.clip_norm < 0 or not self.eps > 0:
+            raise ConfigError("weight_decay and clip_norm must not be negative, and eps must be positive.")
 
 
 class OptimizerSet:
@@ -96,6 +99,6 @@ def _adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: Optimizer
         [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        eps=1e-8,
+        eps=config.eps,
         fused=True,
     )
