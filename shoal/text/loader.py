@@ -2,15 +2,16 @@
 
 Two modes. "pack" puts whole short documents together in rows (synthetic problems, chats); "stream" cuts long texts into
 windows of consecutive tokens, which may begin and end inside a document. In both, documents in a row are hidden from each
-other. Each epoch has its own order, drawn from (seed, epoch), so the loader's whole state is two numbers.
+other. Each epoch has its own order, drawn from (seed, epoch), so the loader's place is two numbers; its state also names
+what they depend on, and is refused where that differs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from shoal.errors import DataError
+from shoal.errors import CheckpointError, DataError
 from shoal.text.packing import Batch, batch_of_documents, batch_of_windows, pack_documents
 from shoal.text.shards import Shards
 
@@ -52,13 +53,49 @@ class Loader:
             yield _batch(self.shards, rows, self.row_tokens, self.pad_token)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch will come from."""
-        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch}
+        """Where the next batch will come from, and what that depends on."""
+        return {"epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        self.epoch, self.batch_in_epoch = int(state["epoch"]), int(state["batch_in_epoch"])
-        self._rows = self._plan(self.epoch)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        States of earlier versions, which hold the place alone, are taken at their word.
+
+        Raises:
+            CheckpointError: the state is damaged, or of a loader that would give other batches.
+        """
+        own = self._identity()
+        differing = [
+            f"{name}={state[name]!r}, here {own[name]!r}" for name in own if state.get(name, own[name]) != own[name]
+        ]
+        if differing:
+            raise CheckpointError(
+                f"the checkpoint's place in the data is that of another loader: {'; '.join(differing)}. "
+                "Resume with the same data and settings, or start a new run."
+            )
+        epoch, batch = state.get("epoch"), state.get("batch_in_epoch")
+        if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and batch >= 0):
+            raise CheckpointError(
+                f"the checkpoint's place in the data is damaged: epoch={epoch!r}, batch_in_epoch={batch!r} must be whole "
+                "numbers of at least 0. Resume from another checkpoint."
+            )
+        rows = self._plan(epoch)
+        if batch * self.batch_rows > len(rows):
+            raise CheckpointError(
+                f"the checkpoint's place in the data is batch {batch} of {len(rows) // self.batch_rows} in epoch {epoch}; "
+                "resume with the data it was made with."
+            )
+        self.epoch, self.batch_in_epoch, self._rows = epoch, batch, rows
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides which batches come."""
+        return {
+            "seed": self.seed,
+            "mode": self.mode,
+            "batch_rows": self.batch_rows,
+            "row_tokens": self.row_tokens,
+            "dataset_sha256": self.shards.digest,
+        }
 
     def _plan(self, epoch: int) -> list[Any]:
         """The rows of an epoch: lists of documents, or window starts."""

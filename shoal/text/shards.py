@@ -179,6 +179,9 @@ class Shards:
             self._tokens.append(tokens)
             self._labels.append(labels)
             self._offsets.append(offsets)
+        sums = [facts["sha256"] for shard in index["shards"] for _, facts in sorted(shard["files"].items())]
+        self.digest = hashlib.sha256(" ".join(sums).encode()).hexdigest()
+        """Of all documents with their borders and labels, in order."""
         self._first_document = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self._first_token = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
         self._document_starts = np.concatenate(

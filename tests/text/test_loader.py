@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from shoal.errors import DataError
+from shoal.errors import CheckpointError, DataError
 from shoal.text.loader import Loader, evaluation_batches
 from shoal.text.packing import IGNORE_LABEL, batch_of_documents, pack_documents
 from shoal.text.shards import Shards, ShardWriter
@@ -37,6 +37,53 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(shards, mode):
     resumed = _loader(shards, mode)
     resumed.load_state_dict(stopped.state_dict())
     assert all(_same(a, b) for a, b in zip(whole[23:], itertools.islice(resumed, 17)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 6}, "seed=5, here 6"),
+        ({"mode": "stream"}, "mode='pack', here 'stream'"),
+        ({"row_tokens": 17}, "row_tokens=16, here 17"),
+        ({"batch_rows": 2}, "batch_rows=3, here 2"),
+    ],
+)
+def test_the_place_of_another_loader_is_refused(shards, changes, message):
+    state = _loader(shards).state_dict()
+    loader = _loader(shards, **changes)
+    list(itertools.islice(loader, 2))
+    with pytest.raises(CheckpointError, match=f"{message}.*or start a new run"):
+        loader.load_state_dict(state)
+    assert (loader.epoch, loader.batch_in_epoch) == (0, 2)
+
+
+def test_the_place_in_other_data_is_refused(shards, tmp_path):
+    writer = ShardWriter(tmp_path / "other", vocab_size=1000, tokenizer_digest="abc")
+    for number in range(60):
+        writer.add(shards.document(number)[0] + 1)
+    writer.close()
+    with pytest.raises(CheckpointError, match="dataset_sha256="):
+        _loader(Shards.open(tmp_path / "other")).load_state_dict(_loader(shards).state_dict())
+
+
+@pytest.mark.parametrize(
+    "place", [{}, {"epoch": 1}, {"epoch": -1, "batch_in_epoch": 0}, {"epoch": 0, "batch_in_epoch": "2"}]
+)
+def test_a_damaged_place_is_refused(shards, place):
+    with pytest.raises(CheckpointError, match="is damaged"):
+        _loader(shards).load_state_dict(place)
+
+
+def test_a_place_behind_the_end_of_an_epoch_is_refused(shards):
+    with pytest.raises(CheckpointError, match="batch 999 of"):
+        _loader(shards).load_state_dict({"epoch": 0, "batch_in_epoch": 999})
+
+
+def test_the_place_alone_is_enough_as_earlier_versions_wrote_it(shards):
+    stopped, resumed = _loader(shards), _loader(shards)
+    list(itertools.islice(stopped, 4))
+    resumed.load_state_dict({"epoch": stopped.epoch, "batch_in_epoch": stopped.batch_in_epoch})
+    assert _same(next(iter(stopped)), next(iter(resumed)))
 
 
 def test_every_document_appears_once_per_epoch_and_orders_differ(shards):
