@@ -7,6 +7,7 @@ template's to write.
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import os
@@ -29,11 +30,15 @@ SMALLEST_VOCABULARY = 256
 
 
 class Tokenizer:
-    """A tokenizer with its begin, end and padding tokens. Make one with `train`, `train_bytes` or `load`."""
+    """A tokenizer with its begin, end and padding tokens. Make one with `train`, `train_bytes` or `load`.
+
+    Threads may share it: nothing changes after it is made.
+    """
 
     def __init__(
         self, raw: RawTokenizer, bos_token: str = BEGIN, eos_token: str = END, pad_token: str | None = PAD
     ) -> None:
+        raw.encode_special_tokens = False
         self._raw = raw
         self.bos_token_id = self._required(bos_token)
         self.eos_token_id = self._required(eos_token)
@@ -109,14 +114,13 @@ class Tokenizer:
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`; with `allow_special` the spelling of a special token becomes that token."""
-        self._raw.encode_special_tokens = not allow_special
-        ids: list[int] = self._raw.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoder(allow_special).encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
-        self._raw.encode_special_tokens = not allow_special
-        return [encoding.ids for encoding in self._raw.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = self._encoder(allow_special).encode_batch(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; special tokens are spelled out unless skipped. Bytes that are no UTF-8 become U+FFFD."""
@@ -161,6 +165,20 @@ class Tokenizer:
     def digest(self) -> str:
         """SHA-256 of the tokenizer's definition: equal digests encode alike."""
         return hashlib.sha256(self._raw.to_str(pretty=False).encode()).hexdigest()
+
+    def _encoder(self, allow_special: bool) -> RawTokenizer:
+        return self._raw if allow_special else self._plain
+
+    @functools.cached_property
+    def _plain(self) -> RawTokenizer:
+        """A second encoder that takes special tokens for text: switching one between calls would switch it for all threads."""
+        plain = RawTokenizer.from_str(self._raw.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library forgets in copies whether special tokens are text, so copies make their own second encoder.
+        return {name: value for name, value in self.__dict__.items() if name != "_plain"}
 
     def _required(self, token: str) -> int:
         found: int | None = self._raw.token_to_id(token)

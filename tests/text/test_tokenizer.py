@@ -1,4 +1,8 @@
+import copy
 import json
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +34,30 @@ def test_what_a_user_types_never_becomes_a_control_token(parts):
 def test_control_tokens_are_single_ids_when_allowed():
     ids = TOKENIZER.encode("<think>9</think>", allow_special=True)
     assert ids == [TOKENIZER.token_id("<think>"), TOKENIZER.token_id("9"), TOKENIZER.token_id("</think>")]
+
+
+def test_threads_that_allow_special_tokens_do_not_change_what_others_encode():
+    text = "<think>fish " * 50
+    wanted = {allow: TOKENIZER.encode(text, allow_special=allow) for allow in (True, False)}
+    assert len(wanted[True]) != len(wanted[False])
+    end_s = time.monotonic() + 0.5
+
+    def encode(allow: bool) -> int:
+        wrong = 0
+        while time.monotonic() < end_s:
+            wrong += sum(ids != wanted[allow] for ids in TOKENIZER.encode_batch([text] * 8, allow_special=allow))
+        return wrong
+
+    with ThreadPoolExecutor(4) as threads:
+        assert sum(threads.map(encode, [True, False, True, False])) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tokenizer: pickle.loads(pickle.dumps(tokenizer))])
+def test_copies_do_not_take_text_for_control_tokens_either(copied):
+    TOKENIZER.encode("both encoders are in use"), TOKENIZER.encode("now", allow_special=True)
+    other = copied(TOKENIZER)
+    assert other.encode("<think>9") == TOKENIZER.encode("<think>9")
+    assert other.encode("<think>9", allow_special=True) == TOKENIZER.encode("<think>9", allow_special=True)
 
 
 def test_digits_stay_apart():
