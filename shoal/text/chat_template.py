@@ -7,27 +7,57 @@ placeholders where the contents go and encoding contents as ordinary text afterw
 """
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import TokenizerError
-from shoal.text.template_sandbox import BoundedTemplate
+from shoal.text.messages import plain_messages
+from shoal.text.template_sandbox import BoundedTemplate, JsonText
 from shoal.text.tokenizer import Tokenizer
 
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}"
-    "{%- for message in messages if message['role'] == 'system' -%}{{ message['content'] }}{%- endfor -%}"
+    "{%- set ns = namespace(has_system=false, has_turns=false, in_outputs=false) -%}"
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}"
+    "{%- if message['role'] == 'system' -%}"
+    "{{ ('\\n\\n' if ns.has_system and ns.has_turns else '') + message['content'] }}{%- set ns.has_system = true -%}"
+    "{%- else -%}{%- set ns.has_turns = true -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ ('<｜tool▁outputs▁end｜>' if ns.in_outputs else '') + '<｜User｜>' + message['content'] }}"
+    "{%- set ns.in_outputs = false -%}"
     "{%- elif message['role'] == 'assistant' -%}"
-    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}"
+    "{{ '<｜tool▁outputs▁end｜>' if ns.in_outputs else '<｜Assistant｜>' }}"
+    "{%- set ns.in_outputs = false -%}"
+    "{{ (message['content'] or '').split('</think>')[-1] }}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{ ('<｜tool▁calls▁begin｜>' if loop.first else '\\n') + '<｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁sep｜>' }}"
+    "{{ call['function']['name'] + '\\n```json\\n' + call['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' }}"
+    "{{ '<｜tool▁calls▁end｜>' if loop.last else '' }}"
+    "{%- endfor -%}"
+    "{{ eos_token }}"
+    "{%- elif message['role'] == 'tool' -%}"
+    "{{ '\\n' if ns.in_outputs else '<｜tool▁outputs▁begin｜>' }}"
+    "{{ '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}{%- set ns.in_outputs = true -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- if thinking -%}{{ '<think>' }}{%- endif -%}{%- endif -%}"
+    "{%- if ns.in_outputs -%}{{ '<｜tool▁outputs▁end｜>' }}"
+    "{%- elif add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- if thinking -%}{{ '<think>' }}{%- endif -%}{%- endif -%}"
 )
-"""System text, then turns; thinking of earlier turns is dropped; the answer may be made to start by thinking."""
+"""The format of DeepSeek-V3 and R1 (their published chat_template).
+
+All system texts stand in front: those before the first turn one after the other, later ones after a blank line. Thinking of
+earlier turns is dropped; the answer may be made to start by thinking. Tool calls end the assistant's turn; the answer after
+tool outputs follows them without a mark of its own, and is not made to think. Where a tokenizer has no tokens for tools,
+their spellings are ordinary text.
+
+Differs from the published template: outputs begin and end anew with each round of calls, also when further calls or a user's
+turn follow them; there the published one leaves them open.
+"""
 
 
 class ChatTemplate:
@@ -76,13 +106,13 @@ class ChatTemplate:
         """The conversation as text.
 
         Raises:
+            RequestError: messages that are no messages, see `plain_messages`.
             TokenizerError: the template refuses the messages, misbehaves, or runs past its limits.
         """
-        values: dict[str, Any] = {
-            "messages": [dict(message) for message in messages],
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-        }
+        return self._render(plain_messages(messages), add_generation_prompt, thinking)
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None) -> str:
+        values: dict[str, Any] = {"messages": messages, "bos_token": self.bos_token, "eos_token": self.eos_token}
         values |= {"add_generation_prompt": add_generation_prompt, "thinking": bool(thinking), "tools": None}
         return self._template.render(values)
 
@@ -96,36 +126,78 @@ class ChatTemplate:
     ) -> list[int]:
         """The conversation as token ids; control tokens come from the template alone.
 
-        Contents are replaced by placeholders before rendering and encoded as ordinary text afterwards. Only the thinking of
-        assistant turns is cut here rather than by the template, which cannot see it. A template that changes or drops a
-        placeholder (trims it, tests its text) loses that message's content; this is said as an error, never passed on.
+        Contents and the arguments of tool calls are replaced by placeholders before rendering and encoded as ordinary text
+        afterwards, wherever the template puts them. Only the thinking of assistant turns is cut here rather than by the
+        template, which cannot see it. A template that changes or drops a placeholder (tests its text, changes its case)
+        loses that message's content; this is said as an error, never passed on.
+
+        Raises:
+            RequestError: messages that are no messages, see `plain_messages`.
+            TokenizerError: the template refuses or drops a message, misbehaves, or runs past its limits.
         """
-        nonce = secrets.token_hex(8)
-        contents: list[str] = []
-        hidden = []
-        for message in messages:
-            content = str(message.get("content") or "")
-            if message.get("role") == "assistant":
-                content = content.rpartition("</think>")[2]
-            hidden.append({**message, "content": _placeholder(nonce, len(contents))})
-            contents.append(content)
-        rendered = self.render(hidden, add_generation_prompt=add_generation_prompt, thinking=thinking)
-        ids: list[int] = []
-        for index, content in enumerate(contents):
-            before, found, rendered = rendered.partition(_placeholder(nonce, index))
-            if not found:
+        hidden = _Hidden()
+        rendered = self._render(
+            [hidden.message(message, number) for number, message in enumerate(plain_messages(messages), start=1)],
+            add_generation_prompt,
+            thinking,
+        )
+        pieces = hidden.pattern.split(rendered)
+        shown = {int(index) for index in pieces[1::2]}
+        for index, number in hidden.owner.items():
+            if index not in shown:
                 raise TokenizerError(
-                    f"the chat template dropped or changed message {index + 1}; use another template or role order."
+                    f"the chat template dropped or changed message {number}; use another template or role order."
                 )
-            ids += tokenizer.encode(before, allow_special=True) + tokenizer.encode(content)
-        return ids + tokenizer.encode(rendered, allow_special=True)
+        ids: list[int] = []
+        for place, piece in enumerate(pieces):
+            is_text = place % 2 == 1
+            ids += (
+                tokenizer.encode(hidden.texts[int(piece)]) if is_text else tokenizer.encode(piece, allow_special=True)
+            )
+        return ids
 
     def frame(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         """Token ids before and after the content of a single user turn: `encode` of many one-turn prompts, in one go."""
-        nonce = _placeholder(secrets.token_hex(8), 0)
-        before, _, after = self.render([{"role": "user", "content": nonce}]).partition(nonce)
+        hidden = _Hidden()
+        rendered = self._render([hidden.message({"role": "user", "content": ""}, 1)], True, None)
+        pieces = hidden.pattern.split(rendered)
+        if len(pieces) != 3:
+            raise TokenizerError("the chat template does not show a user's turn exactly once; use another template.")
+        before, _, after = pieces
         return tokenizer.encode(before, allow_special=True), tokenizer.encode(after, allow_special=True)
 
 
-def _placeholder(nonce: str, index: int) -> str:
-    return f"\ue000{nonce}-{index}\ue001"
+class _Hidden:
+    """Texts from outside, kept away from a template behind unguessable placeholders."""
+
+    def __init__(self) -> None:
+        self.nonce = secrets.token_hex(8)
+        self.texts: list[str] = []
+        self.owner: dict[int, int] = {}
+        """Number of the message that each text that must appear is part of."""
+        self.pattern = re.compile(f"\ue000{self.nonce}-(\\d+)\ue001")
+
+    def message(self, message: dict[str, Any], number: int) -> dict[str, Any]:
+        """The message with placeholders for its texts."""
+        hidden = dict(message)
+        if message["content"] is not None:
+            content = (
+                message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+            )
+            hidden["content"] = self._hide(content, number)
+        if "tool_calls" in message:
+            hidden["tool_calls"] = [
+                {**call, "function": {**function, "arguments": JsonText(self._hide(function["arguments"], number))}}
+                for call in message["tool_calls"]
+                for function in [call["function"]]
+            ]
+        if "reasoning_content" in message:
+            hidden["reasoning_content"] = self._hide(message["reasoning_content"], None)
+        return hidden
+
+    def _hide(self, text: str, number: int | None) -> str:
+        index = len(self.texts)
+        self.texts.append(text)
+        if number is not None:
+            self.owner[index] = number
+        return f"\ue000{self.nonce}-{index}\ue001"

@@ -78,6 +78,10 @@ class BoundedTemplate:
         return "".join(parts)
 
 
+class JsonText(str):
+    """Text that is JSON already: `tojson` hands it on as it is, whether a template pastes it or converts it."""
+
+
 def _compile(source: str) -> jinja2.Template:
     environment = _Environment()
     tree = environment.parse(source)
@@ -353,6 +357,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as transformers' chat templates write it: not sorted, not escaped for HTML."""
+    if isinstance(value, JsonText):
+        return value
     budget.check_chars(budget.json_chars(value, indent=indent, separators=separators))
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     budget.created(text)
