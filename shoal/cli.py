@@ -64,7 +64,9 @@ def demo(
     if json_output:
         print_json({key: str(value) for key, value in asdict(result).items()})
     if serve_after:
-        _serve(result.model_dir, "127.0.0.1", port, None)
+        from shoal.server.start import ServeOptions, serve_model
+
+        serve_model(result.model_dir, ServeOptions(port=port))
 
 
 @app.command()
@@ -173,14 +175,59 @@ def chat(
 def serve(
     model: ModelArgument = None,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address; others than 127.0.0.1 need an API key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address; others than 127.0.0.1 need a key.")] = "127.0.0.1",
+    weights: Annotated[str, typer.Option(help="Format in memory: f32, bf16, fp8, int8 or int4.")] = "bf16",
+    cache_gib: Annotated[float, typer.Option(help="RAM for the context cache, GiB.")] = 1.0,
+    cache_dir: Annotated[Path | None, typer.Option(help="Context cache on disk; default in the user's cache.")] = None,
+    disk_cache: Annotated[bool, typer.Option(help="Keep the context cache on disk.")] = True,
+    disk_gib: Annotated[float, typer.Option(help="Bound of the cache on disk, GiB.")] = 20.0,
+    max_context: Annotated[int | None, typer.Option(help="Prompt and answer together, tokens.")] = None,
+    max_running: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Open requests; more get 503.")] = 256,
     api_key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY", help="Ask this key of every request.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="Ask for one of the keys in this file, one a line.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="SQLite file that keeps what every request used, and the keys of 'shoal keys'.")
+    ] = None,
+    prices: Annotated[Path | None, typer.Option(help="JSON price table in the place of the built-in one.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
+    access_log: Annotated[bool, typer.Option(help="A JSON line per request on standard error, without texts.")] = False,
+    drain_s: Annotated[int, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30,
+    insecure: Annotated[bool, typer.Option(help="Listen on other addresses without a key.")] = False,
 ) -> None:
     """Serve the chat page and an OpenAI- and DeepSeek-compatible API.
 
     Example: shoal serve runs/demo --port 8000
     """
-    _serve(model, host, port, api_key)
+    from shoal.engine.making import GIB, EngineOptions
+    from shoal.server.start import ServeOptions, serve_model
+
+    engine = EngineOptions(
+        weights=weights,
+        cache_bytes=int(cache_gib * GIB),
+        disk_dir=cache_dir,
+        use_disk=disk_cache,
+        disk_bytes=int(disk_gib * GIB),
+        max_context=max_context,
+        max_running=max_running,
+    )
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        api_key_file=api_key_file,
+        ledger=ledger,
+        prices=prices,
+        insecure=insecure,
+        engine=engine,
+        requests_per_minute=requests_per_minute,
+        max_concurrent=max_concurrent,
+        max_waiting=max_waiting,
+        access_log=access_log,
+        drain_s=drain_s,
+    )
+    serve_model(model, options)
 
 
 @app.command()
@@ -276,12 +323,6 @@ def version() -> None:
     Example: shoal version
     """
     sys.stdout.write(__version__ + "\n")
-
-
-def _serve(model: Path | None, host: str, port: int, api_key: str | None) -> None:
-    from shoal.server.start import serve_model
-
-    serve_model(model, host=host, port=port, api_key=api_key)
 
 
 def prepare_memory() -> None:

@@ -102,6 +102,8 @@ class Engine:
         self._rows: _Rows | None = None
         self._cache: LatentCache | None = None
         self._next_id = 0
+        self.tokens_of_step: dict[int, int] = {}
+        """Tokens computed in the last step, by request."""
 
     @property
     def vocab_size(self) -> int:
@@ -150,6 +152,7 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
         """Admit what fits, then draw one token for every running row. Empty when idle."""
+        self.tokens_of_step = {}
         events = self._admit()
         if self._rows is None or not bool(self._rows.alive_N.any()):
             self._compact(fraction=0.0)
@@ -215,6 +218,7 @@ class Engine:
         room = -(-(int(lengths.max()) + 1) // CACHE_GRAIN) * CACHE_GRAIN
         cache = LatentCache(self.model.config, len(group), room, dtype=self.runner.cache_dtype)
         logit_BV = self.runner.prefill(prompts, cache)
+        self.tokens_of_step = {request_id: len(request.prompt_ids) for request_id, request in group}
         source_N = torch.repeat_interleave(
             torch.arange(len(group)), torch.tensor([r.sampling.num_samples for _, r in group])
         )
@@ -241,6 +245,8 @@ class Engine:
             cache.grow(-(-needed // CACHE_GRAIN) * CACHE_GRAIN)
         logit_NV = self.runner.decode(rows.token_N, rows.position_N, cache)
         rows.position_N += rows.alive_N
+        for request_id in rows.request_N:
+            self.tokens_of_step[request_id] = self.tokens_of_step.get(request_id, 0) + 1
         return self._draw(logit_NV, rows.alive_N.nonzero().squeeze(1))
 
     def _draw(self, logit_NV: Tensor, row_N: Tensor) -> list[TokenEvent]:

@@ -50,6 +50,12 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    tenant: str = ""
+    """Whose request it is: waiting tenants are served in turn."""
+    priority: int = 0
+    """Higher goes first."""
+    isolation: str = ""
+    """Requests share cached prefixes only with requests of the same isolation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,8 @@ class TokenEvent:
     """Natural log-probability of the token under the distribution it was drawn from (temperature and cuts applied)."""
     finish_reason: FinishReason | None = None
     """Set on the last event of a sample."""
+    found_tokens: int = 0
+    """Prompt tokens whose latents were found in a cache."""
 
 
 @dataclass(kw_only=True)

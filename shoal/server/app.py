@@ -1,151 +1,248 @@
-"""The HTTP application: routes, limits, authentication, and errors in the shape clients expect."""
+"""The HTTP application: routes, errors in the shape clients expect, and one guard around all of it."""
 
-import hmac
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from shoal import __version__
 from shoal.errors import RequestError, ServerError, ShoalError
-from shoal.server.chat import ChatCompletion, ServedModel
-from shoal.server.schemas import ChatRequest
+from shoal.log import say
+from shoal.server.access import ANYBODY, Access, Account, Turnstile
+from shoal.server.body import BodyError, parse_json
+from shoal.server.chat import ChatCompletion
+from shoal.server.completions import TextCompletion
+from shoal.server.generation import ServedModel
+from shoal.server.guard import Guard, TooLargeError
+from shoal.server.ledger import BalanceError
+from shoal.server.metrics import CONTENT_TYPE, Metrics
+from shoal.server.schemas import ChatRequest, TextRequest, TokenizeRequest
+from shoal.server.streaming import stream_response, whole_response
 
 WEB = Path(__file__).with_name("web")
-MAX_BODY_BYTES = 1 << 20
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-Next = Callable[[Request], Awaitable[Response]]
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 
 
-def build_app(served: ServedModel, *, api_key: str | None = None) -> FastAPI:
-    """The application for one model. With `api_key` every route but the page and `/health` asks for it."""
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What an operator decides."""
+
+    access: Access = field(default_factory=Access)
+    max_body_bytes: int = 8 << 20
+    access_log: bool = False
+    watchdog_s: float = 300.0
+    """A step of the engine that takes longer makes `/health` fail, so that a supervisor restarts the server."""
+
+
+def build_app(served: ServedModel, options: ServerOptions | None = None) -> FastAPI:
+    """The application for one model."""
+    options = options or ServerOptions()
+    metrics = served.metrics = served.metrics or Metrics(served.name, lambda: engine_numbers(served))
+    turnstile = Turnstile()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if served.ledger:
+            recovered = await asyncio.to_thread(served.ledger.recover)
+            if recovered:
+                say(f"ledger: {len(recovered)} requests that a crash had cut off were closed at their last note")
         served.worker.start()
         yield
-        served.worker.stop()
+        await asyncio.to_thread(served.close)
 
     app = FastAPI(title="Shoal", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Next) -> Response:
-        """Key, body size, and headers, for every route at once."""
-        path = request.url.path
-        is_open = path in ("/", "/health") or path.startswith("/web/")
-        if api_key is not None and not is_open and not _has_key(request, api_key):
-            return error_response(
-                401, "no valid API key; send it as 'Authorization: Bearer KEY'.", "authentication_error"
-            )
-        if int(request.headers.get("content-length") or 0) > MAX_BODY_BYTES:
-            return error_response(413, f"the request is larger than {MAX_BODY_BYTES} bytes.", "invalid_request_error")
-        response = await call_next(request)
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        if is_open:
-            response.headers["Content-Security-Policy"] = PAGE_POLICY
-        return response
-
+    app.add_middleware(
+        Guard,
+        access=options.access,
+        turnstile=turnstile,
+        metrics=metrics,
+        max_body_bytes=options.max_body_bytes,
+        access_log=options.access_log,
+    )
     _add_errors(app)
-    _add_routes(app, served)
+    _add_pages(app, served)
+    _add_state(app, served, options, metrics)
+    _add_completions(app, served)
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     return app
 
 
-def _add_routes(app: FastAPI, served: ServedModel) -> None:
+def engine_numbers(served: ServedModel) -> dict[str, float]:
+    """What the engine says of itself, by vLLM's names."""
+    stats = getattr(served.worker.engine, "stats", None)
+    numbers: dict[str, float] = {
+        "num_requests_open": served.worker.num_open,
+        "engine_restarts_total": served.worker.restarts,
+    }
+    if stats is not None:
+        numbers |= {
+            "num_requests_running": stats.running,
+            "num_requests_waiting": stats.waiting,
+            "num_preemptions_total": stats.preemptions,
+            "kv_cache_usage_perc": 1 - stats.pages_free / stats.pages_total,
+            "prompt_tokens_total": stats.prompt_tokens,
+            "generation_tokens_total": stats.generated_tokens,
+            "prefix_cache_queries_total": stats.prompt_tokens,
+            "prefix_cache_hits_total": stats.found_tokens,
+        }
+    return numbers
+
+
+def _add_pages(app: FastAPI, served: ServedModel) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return Response((WEB / "index.html").read_bytes(), media_type="text/html")
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    @app.get("/models", include_in_schema=False)
-    async def models() -> dict[str, Any]:
-        entry = {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
-        return {"object": "list", "data": [entry]}
 
     @app.get("/api/page", include_in_schema=False)
     async def page_facts() -> dict[str, Any]:
         facts = {"name": served.name, "description": served.description, "suggestions": served.suggestions}
         return {**facts, "max_context": served.max_context}
 
-    @app.post("/v1/chat/completions")
+
+def _add_state(app: FastAPI, served: ServedModel, options: ServerOptions, metrics: Metrics) -> None:
+    @app.get("/health")
+    @app.get("/ready")
+    async def health() -> Response:
+        """Whether the server lives: 503 when a step of the engine hangs."""
+        stuck_s = served.worker.stuck_for_s()
+        if stuck_s > options.watchdog_s:
+            return JSONResponse({"status": f"the engine has been in one step for {stuck_s:.0f} s"}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        """Numbers for Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/models")
+    @app.get("/models", include_in_schema=False)
+    async def models() -> dict[str, Any]:
+        """The served model."""
+        entry = {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
+        return {"object": "list", "data": [{**entry, "max_model_len": served.max_context}]}
+
+    @app.get("/v1/models/{name}")
+    async def one_model(name: str) -> dict[str, Any]:
+        """The served model, by name."""
+        if name != served.name:
+            raise HTTPException(404, f"no model {name!r} here; this server has {served.name!r}.")
+        return {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
+
+    @app.get("/user/balance")
+    async def balance(request: Request) -> dict[str, Any]:
+        """The key's money, in DeepSeek's shape."""
+        account = account_of(request)
+        if served.ledger is None or account.key_id is None:
+            return {"is_available": True, "balance_infos": []}
+        left = await asyncio.to_thread(served.ledger.available, account.key_id)
+        money = format(left, ".2f")
+        info = {"currency": "USD", "total_balance": money, "granted_balance": "0.00", "topped_up_balance": money}
+        return {"is_available": left > 0, "balance_infos": [info]}
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        """Token ids of a text, or of messages as the template sets them."""
+        body = await read_body(request, TokenizeRequest)
+        if (body.text is None) == (body.messages is None):
+            raise RequestError("give either 'text' or 'messages'.")
+        if body.messages is None:
+            ids = await asyncio.to_thread(served.tokenizer.encode, body.text or "")
+        else:
+            messages = [message.for_template() for message in body.messages]
+            ids = await asyncio.to_thread(served.template.encode, served.tokenizer, messages)
+        return {"count": len(ids), "tokens": ids, "max_model_len": served.max_context}
+
+
+def _add_completions(app: FastAPI, served: ServedModel) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
     @app.post("/chat/completions", include_in_schema=False)
+    @app.post("/beta/chat/completions", include_in_schema=False)
     async def chat_completions(request: Request) -> Response:
-        completion = ChatCompletion(served, ChatRequest.model_validate(json.loads(await _body(request))))
-        if not completion.body.stream:
-            return JSONResponse(await completion.whole())
-        events = completion.events()
-        first = await anext(events)  # a refusal must still be a status code, not half a stream
-        return StreamingResponse(
-            _chain(first, events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
+        """Chat, OpenAI's and DeepSeek's way."""
+        body = await read_body(request, ChatRequest)
+        completion = await asyncio.to_thread(ChatCompletion, served, body, account_of(request))
+        return await stream_response(completion.events()) if body.stream else await whole_response(completion.whole())
+
+    @app.post("/v1/completions", openapi_extra=_body_schema(TextRequest))
+    @app.post("/completions", include_in_schema=False)
+    @app.post("/beta/completions", include_in_schema=False)
+    async def text_completions(request: Request) -> Response:
+        """Plain continuation of a text, and filling in the middle."""
+        body = await read_body(request, TextRequest)
+        completion = await asyncio.to_thread(TextCompletion, served, body, account_of(request))
+        return await stream_response(completion.events()) if body.stream else await whole_response(completion.whole())
+
+
+async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
+    """The validated body. Read whole, parsed in a thread: ten megabytes of JSON must not hold up the others."""
+    data = await request.body()
+    return await asyncio.to_thread(lambda: kind.model_validate(parse_json(data)))
+
+
+def account_of(request: Request) -> Account:
+    """Who asks, as the guard found out."""
+    account: Account = request.scope.get("state", {}).get("account", ANYBODY)
+    return account
+
+
+def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """The body's place in the OpenAPI document, since the route reads it itself."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"type": "object", "required": schema.get("required", [])}}},
+        }
+    }
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> Response:
-        return error_response(400, str(error), "invalid_request_error")
-
-    @app.exception_handler(ServerError)
-    async def busy(_: Request, error: ServerError) -> Response:
-        return error_response(503, str(error), "server_error")
-
-    @app.exception_handler(ShoalError)
-    async def other(_: Request, error: ShoalError) -> Response:
-        return error_response(400, str(error), "invalid_request_error")
-
-    @app.exception_handler(json.JSONDecodeError)
-    @app.exception_handler(UnicodeDecodeError)
-    @app.exception_handler(RecursionError)
-    async def malformed(_: Request, error: Exception) -> Response:
-        return error_response(400, "the body is not valid JSON.", "invalid_request_error")
+    refusals: list[tuple[type[Exception], int, str]] = [
+        (RequestError, 400, "invalid_request_error"),
+        (BodyError, 400, "invalid_request_error"),
+        (BalanceError, 402, "insufficient_balance"),
+        (ServerError, 503, "server_error"),
+        (ShoalError, 400, "invalid_request_error"),
+        (TooLargeError, 413, "invalid_request_error"),
+    ]
+    for kind, status, name in refusals:
+        app.add_exception_handler(kind, _refusal(status, name))
 
     @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: ValidationError | RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
+        where = ".".join(str(part) for part in first["loc"])[:200] or "body"
         return error_response(422, f"{where}: {first['msg']}", "invalid_request_error", param=where)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), "invalid_request_error")
 
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> Response:
+        say(f"a request failed: {type(error).__name__}: {error}")
+        return error_response(500, "the server failed on this request.", "server_error")
+
+
+def _refusal(status: int, name: str) -> Any:
+    async def refused(_: Request, error: Exception) -> Response:
+        return error_response(status, str(error), name)
+
+    return refused
+
 
 def error_response(status: int, message: str, kind: str, param: str | None = None) -> JSONResponse:
     """An error in the shape OpenAI's and DeepSeek's clients read."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": kind}}, status_code=status)
-
-
-async def _body(request: Request) -> bytes:
-    """The body, refused as soon as it is too large, whatever its headers say."""
-    data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the request is larger than {MAX_BODY_BYTES} bytes.")
-    return data
-
-
-async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for event in rest:
-        yield event
-
-
-def _has_key(request: Request, api_key: str) -> bool:
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())

@@ -1,174 +1,150 @@
 """Chat completions: a validated request through the engine and back, whole or as server-sent events."""
 
 import json
-import secrets
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import aclosing
 from typing import Any
 
-from shoal.engine.request import Request, SamplingParams
+from shoal.engine.request import Request, SamplingParams, TokenEvent
 from shoal.errors import RequestError
-from shoal.server.reasoning import AnswerReader, Piece
-from shoal.server.schemas import ChatRequest
-from shoal.server.worker import EngineWorker
-from shoal.text.chat_template import ChatTemplate
-from shoal.text.tokenizer import THINK, Tokenizer
+from shoal.server.access import ANYBODY, Account
+from shoal.server.generation import Generation, Sample, ServedModel, Step
+from shoal.server.reasoning import AnswerReader
+from shoal.server.schemas import ChatRequest, SamplingFields
+from shoal.text.tokenizer import THINK
 
 DEFAULT_MAX_TOKENS = 4096
-MAX_STOP_STRINGS = 16
-
-
-@dataclass(kw_only=True)
-class ServedModel:
-    """A model with everything the server says about it."""
-
-    name: str
-    worker: EngineWorker
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    max_context: int
-    description: str = ""
-    suggestions: list[str] = field(default_factory=list)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-
-@dataclass
-class _Answer:
-    """One sample as it grows."""
-
-    reader: AnswerReader
-    reasoning: str = ""
-    content: str = ""
-    tokens: int = 0
-    finish_reason: str | None = None
 
 
 class ChatCompletion:
     """One chat request on its way.
 
     Raises:
-        RequestError: the prompt does not fit the context, or too many stop strings.
+        RequestError: the prompt does not fit the context.
     """
 
-    def __init__(self, served: ServedModel, body: ChatRequest) -> None:
+    def __init__(self, served: ServedModel, body: ChatRequest, account: Account = ANYBODY) -> None:
         self.served, self.body = served, body
-        self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        thinking = body.thinking.type == "enabled" if body.thinking else None
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        self.prompt_ids = tuple(served.template.encode(served.tokenizer, messages, thinking=thinking))
-        self.stop = body.stop_strings()
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"{len(self.stop)} stop strings given; at most {MAX_STOP_STRINGS} are allowed.")
-        self.request = Request(prompt_ids=self.prompt_ids, sampling=self._sampling())
-        opened = self.prompt_ids[-1] == served.tokenizer.token_id(THINK)
-        self.answers = [
-            _Answer(AnswerReader(served.tokenizer, starts_thinking=opened, stop=self.stop)) for _ in range(body.n)
-        ]
-
-    def _sampling(self) -> SamplingParams:
-        body, room = self.body, self.served.max_context - len(self.prompt_ids)
-        if room < 1:
-            raise RequestError(
-                f"the conversation is {len(self.prompt_ids)} tokens long; the model's context of {self.served.max_context} "
-                "leaves no room for an answer. Shorten it."
-            )
-        wanted = body.max_completion_tokens or body.max_tokens or DEFAULT_MAX_TOKENS
-        return SamplingParams(
-            max_tokens=min(wanted, room),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            seed=None if body.seed is None else body.seed & 0x7FFFFFFFFFFFFFFF,
-            num_samples=body.n,
-            stop_token_ids=(self.served.tokenizer.eos_token_id,),
+        messages = [message.for_template() for message in body.messages]
+        prompt_ids = tuple(served.template.encode(served.tokenizer, messages, thinking=wants_thinking(body)))
+        sampling = sampling_params(served, body, len(prompt_ids), body.max_completion_tokens)
+        request = Request(
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            tenant=account.name + "/" + (body.user_id or ""),
+            priority=body.priority,
+            isolation=account.name + "/" + (body.user_id or ""),
         )
-
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
-        """Text of each sample as it comes; None marks a sample's end."""
-        async for event in self.served.worker.stream(self.request):
-            answer = self.answers[event.sample]
-            if answer.finish_reason is not None:
-                continue
-            found: list[Piece] = []
-            if event.token_id is not None:
-                answer.tokens += 1
-                found = answer.reader.push(event.token_id)
-            if event.finish_reason is not None:
-                found += answer.reader.finish()
-                answer.finish_reason = {"stop": "stop", "length": "length"}.get(
-                    event.finish_reason, "insufficient_system_resource"
-                )
-            elif answer.reader.stopped:
-                answer.finish_reason = "stop"
-            for piece in found:
-                if piece.kind == "reasoning":
-                    answer.reasoning += piece.text
-                else:
-                    answer.content += piece.text
-                yield event.sample, piece
-            if answer.finish_reason is not None:
-                yield event.sample, None
-                if all(other.finish_reason for other in self.answers):
-                    return
+        opened = prompt_ids[-1] == served.tokenizer.token_id(THINK)
+        readers = [AnswerReader(served.tokenizer, starts_thinking=opened, stop=tuple(body.stop)) for _ in range(body.n)]
+        self.generation = Generation(served, request, readers, account=account, keep_logprobs=body.logprobs)
 
     async def whole(self) -> dict[str, Any]:
         """The finished completion."""
-        async for _ in self.pieces():
-            pass
-        choices = [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": answer.content,
-                    "reasoning_content": answer.reasoning or None,
-                },
-                "logprobs": None,
-                "finish_reason": answer.finish_reason,
-            }
-            for index, answer in enumerate(self.answers)
-        ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
+        async with aclosing(self.generation.steps()) as steps:
+            async for _ in steps:
+                pass
+        choices = [self._choice(index, sample) for index, sample in enumerate(self.generation.samples)]
+        return {**self.generation.head("chat.completion"), "choices": choices, "usage": self.generation.usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events, ending with [DONE]; an error after the start is an event too, so a stream always ends."""
+        """Server-sent events, ending with [DONE]. The last chunk of the last sample carries the usage, as DeepSeek's does;
+        with `include_usage` it comes once more alone, as OpenAI's clients expect."""
         started: set[int] = set()
-        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        async for sample, piece in self.pieces():
-            delta: dict[str, Any] = {} if sample in started else {"role": "assistant"}
-            started.add(sample)
-            if piece is not None:
-                delta["reasoning_content" if piece.kind == "reasoning" else "content"] = piece.text
-            reason = self.answers[sample].finish_reason if piece is None else None
-            choice = {"index": sample, "delta": delta, "logprobs": None, "finish_reason": reason}
-            yield _event({**self._head("chat.completion.chunk"), "choices": [choice]})
-        if with_usage:
-            yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
-        yield b"data: [DONE]\n\n"
+        async with aclosing(self.generation.steps()) as steps:
+            async for step in steps:
+                for delta, is_last in self._deltas(step):
+                    if step.sample not in started:
+                        delta = {"role": "assistant", "content": "", **delta}
+                        started.add(step.sample)
+                    yield self._chunk(step, delta, is_last)
+        if self.body.stream_options and self.body.stream_options.include_usage:
+            yield event(
+                {**self.generation.head("chat.completion.chunk"), "choices": [], "usage": self.generation.usage()}
+            )
+        yield DONE
 
-    def usage(self) -> dict[str, Any]:
-        """Token counts in OpenAI's and DeepSeek's fields. There is no prefix cache yet: every prompt token is a miss."""
-        completion = sum(answer.tokens for answer in self.answers)
+    def _deltas(self, step: Step) -> list[tuple[dict[str, Any], bool]]:
+        deltas = [
+            {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text} for piece in step.pieces
+        ]
+        if step.is_end:
+            deltas.append({})
+        return [(delta, step.is_end and index == len(deltas) - 1) for index, delta in enumerate(deltas)]
+
+    def _chunk(self, step: Step, delta: dict[str, Any], is_last: bool) -> bytes:
+        sample = self.generation.samples[step.sample]
+        choice = {
+            "index": step.sample,
+            "delta": delta,
+            "logprobs": self._logprobs([step.event]) if "content" in delta and step.event in sample.logprobs else None,
+            "finish_reason": sample.finish_reason if is_last else None,
+        }
+        chunk = {**self.generation.head("chat.completion.chunk"), "choices": [choice]}
+        if is_last and all(other.finish_reason for other in self.generation.samples):
+            chunk["usage"] = self.generation.usage()
+        return event(chunk)
+
+    def _choice(self, index: int, sample: Sample) -> dict[str, Any]:
+        message = {"role": "assistant", "content": sample.content, "reasoning_content": sample.reasoning or None}
         return {
-            "prompt_tokens": len(self.prompt_ids),
-            "completion_tokens": completion,
-            "total_tokens": len(self.prompt_ids) + completion,
-            "prompt_cache_hit_tokens": 0,
-            "prompt_cache_miss_tokens": len(self.prompt_ids),
-            "completion_tokens_details": {
-                "reasoning_tokens": sum(answer.reader.reasoning_tokens for answer in self.answers)
-            },
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(sample.logprobs) if self.body.logprobs else None,
+            "finish_reason": sample.finish_reason,
         }
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.served.name,
-            "system_fingerprint": f"fp_{self.served.tokenizer.digest[:10]}",
-        }
+    def _logprobs(self, events: list[TokenEvent]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        return {"content": [self._token_logprob(one) for one in events if one.token_id is not None], "refusal": None}
+
+    def _token_logprob(self, one: TokenEvent) -> dict[str, Any]:
+        assert one.token_id is not None
+        return {**self._token(one.token_id, one.logprob), "top_logprobs": []}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.served.tokenizer.token_bytes(token_id)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def _event(payload: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"
+def wants_thinking(body: ChatRequest) -> bool | None:
+    """Whether the template should open the thinking; None leaves it to the template."""
+    if body.thinking:
+        return body.thinking.type == "enabled"
+    return None if body.reasoning_effort is None else body.reasoning_effort != "none"
+
+
+def sampling_params(
+    served: ServedModel, body: SamplingFields, prompt_tokens: int, max_tokens: int | None = None
+) -> SamplingParams:
+    """What the engine is told.
+
+    Raises:
+        RequestError: the prompt leaves no room for an answer.
+    """
+    room = served.max_context - prompt_tokens
+    if room < 1:
+        raise RequestError(
+            f"the conversation is {prompt_tokens} tokens long; the model's context of {served.max_context} "
+            "leaves no room for an answer. Shorten it."
+        )
+    wanted = max_tokens or body.max_tokens or DEFAULT_MAX_TOKENS
+    return SamplingParams(
+        max_tokens=min(wanted, room),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        seed=None if body.seed is None else body.seed & 0x7FFFFFFFFFFFFFFF,
+        num_samples=body.n,
+        stop_token_ids=(served.tokenizer.eos_token_id, *body.stop_token_ids),
+    )
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(payload: dict[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event."""
+    prefix = b"" if name is None else f"event: {name}\n".encode()
+    return prefix + b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"

@@ -77,6 +77,15 @@ class AnswerReader:
         return [Piece("reasoning" if self.is_thinking else "content", text)] if text else []
 
 
+class PlainReader(AnswerReader):
+    """Text as the model wrote it: no thinking, tags spelled out, special tokens other than those left out."""
+
+    def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = ()) -> None:
+        super().__init__(tokenizer, stop=stop)
+        self._hidden = {tokenizer.eos_token_id}
+        self._think = self._end_think = None
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

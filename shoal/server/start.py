@@ -1,62 +1,120 @@
-"""Start serving a model: load it, check the address, say where it is."""
+"""Start serving a model: load it, choose the engine, check the address, say where it is."""
 
 import ipaddress
+import os
+import signal
 import socket
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
 
-from shoal.engine.engine import Engine
 from shoal.engine.loading import LoadedModel, load_for_generation
+from shoal.engine.making import EngineOptions, MadeEngine, make_engine
 from shoal.errors import ServerError
 from shoal.log import say
-from shoal.server.app import build_app
-from shoal.server.chat import ServedModel
+from shoal.planner.prices import PRICES, load_prices
+from shoal.server.access import Access, Limits
+from shoal.server.app import ServerOptions, build_app
+from shoal.server.generation import ServedModel
+from shoal.server.keys import KeyStore, load_key_file
+from shoal.server.ledger import Ledger
 from shoal.server.worker import EngineWorker
 
 
-def serve_model(path: Path | None, *, host: str, port: int, api_key: str | None) -> None:
-    """Serve until stopped.
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What `shoal serve` can be told."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    api_key_file: Path | None = None
+    ledger: Path | None = None
+    """SQLite file with keys, balances and entries."""
+    prices: Path | None = None
+    insecure: bool = False
+    """Listen on other addresses without a key."""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    requests_per_minute: int | None = None
+    max_concurrent: int | None = None
+    max_waiting: int = 256
+    max_body_bytes: int = 8 << 20
+    access_log: bool = False
+    drain_s: int = 30
+    """After SIGTERM: how long running answers may go on."""
+    watchdog_s: float = 300.0
+
+
+def serve_model(path: Path | None, options: ServeOptions) -> None:
+    """Serve until stopped; SIGTERM and Ctrl-C let running answers finish first.
 
     Raises:
         ServerError: unsafe address without a key, port in use, or a model without a tokenizer.
+        KeyStoreError, PriceError: a key file, ledger or price table that is missing or damaged.
     """
-    check_address(host, port, api_key)
-    served = served_model(load_for_generation(path))
-    say(
-        f"serving {served.name} at http://{host}:{port} (chat page) and http://{host}:{port}/v1 (API); stop with Ctrl-C"
+    access = _access(options)
+    check_address(options.host, options.port, may_be_reached=not access.is_open or options.insecure)
+    loaded = load_for_generation(path)
+    served = served_model(loaded, make_engine(loaded, options.engine), max_waiting=options.max_waiting)
+    served.prices = load_prices(options.prices) if options.prices else PRICES
+    served.ledger = Ledger(options.ledger, served.prices) if options.ledger else None
+    app = build_app(
+        served,
+        ServerOptions(
+            access=access,
+            max_body_bytes=options.max_body_bytes,
+            access_log=options.access_log,
+            watchdog_s=options.watchdog_s,
+        ),
     )
-    uvicorn.run(
-        build_app(served, api_key=api_key), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        timeout_graceful_shutdown=options.drain_s,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
     )
+    where = f"http://{options.host}:{options.port}"
+    say(f"serving {served.name} at {where} (chat page) and {where}/v1 (API); stop with Ctrl-C")
+    # uvicorn raises the signal again when it has drained: that is a clean end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    uvicorn.Server(config).run()
 
 
-def served_model(loaded: LoadedModel) -> ServedModel:
+def served_model(loaded: LoadedModel, made: MadeEngine, *, max_waiting: int = 256) -> ServedModel:
     """A loaded model with its engine in a worker."""
     if loaded.tokenizer is None or loaded.template is None:
         raise ServerError(f"{loaded.path} has no tokenizer.json; a chat server needs one beside the weights.")
-    engine = Engine(loaded.model)
     return ServedModel(
         name=str(loaded.card.get("name") or loaded.path.resolve().name),
-        worker=EngineWorker(engine),
+        worker=EngineWorker(made.engine, max_waiting=max_waiting),
         tokenizer=loaded.tokenizer,
         template=loaded.template,
-        max_context=engine.max_context,
+        max_context=made.engine.max_context,
         description=str(loaded.card.get("description") or ""),
         suggestions=[str(text) for text in loaded.card.get("suggestions") or []][:8],
+        disk_cache=made.disk,
     )
 
 
-def check_address(host: str, port: int, api_key: str | None) -> None:
+def check_address(host: str, port: int, *, may_be_reached: bool) -> None:
     """Refuse what would be unsafe or cannot work.
 
+    Args:
+        may_be_reached: whether others may reach the server, because it asks for a key or the operator insists.
     Raises:
         ServerError: an address that others reach without a key, or a port that is taken or impossible.
     """
     if not 0 < port < 65536:
         raise ServerError(f"port {port} is impossible; use 1 to 65535.")
-    if not _is_loopback(host) and not api_key:
-        raise ServerError(f"{host} can be reached by others; give --api-key (or SHOAL_API_KEY), or stay on 127.0.0.1.")
+    if not _is_loopback(host) and not may_be_reached:
+        raise ServerError(
+            f"{host} can be reached by others; give --api-key, --api-key-file or --ledger (or --insecure), or stay on 127.0.0.1."
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -64,8 +122,19 @@ def check_address(host: str, port: int, api_key: str | None) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServerError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port."
+                f"cannot listen on {host}:{port} ({error.strerror or os.strerror(error.errno or 0)}); "
+                "choose another with --port."
             ) from error
+
+
+def _access(options: ServeOptions) -> Access:
+    secrets = [*([options.api_key] if options.api_key else [])]
+    if options.api_key_file:
+        secrets += load_key_file(options.api_key_file)
+    limits = Limits(requests_per_minute=options.requests_per_minute, max_concurrent=options.max_concurrent)
+    store = KeyStore(options.ledger) if options.ledger else None
+    # A ledger without keys counts what an open server on the loopback used.
+    return Access(secrets, store if store and store.list() else None, limits)
 
 
 def _is_loopback(host: str) -> bool:

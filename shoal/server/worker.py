@@ -1,19 +1,24 @@
 """The engine's thread: the one place that touches the model while the server runs.
 
 Requests come in from the event loop, tokens go out to it; in between the thread steps the engine, so that requests join
-and leave a running batch. A step that fails ends the requests it was working on, and the thread goes on.
+and leave a running batch. A step that fails ends the requests it was working on; a thread that dies is started again; a
+step that hangs is seen from outside (`stuck_for_s`).
+
+Every step's energy is shared among the requests in proportion to the tokens that were computed for them.
 """
 
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.engine.request import Request, TokenEvent
 from shoal.errors import RequestError, ServerError
 from shoal.log import say
+from shoal.planner.energy import EnergyMeter
 
 IDLE_POLL_S = 0.05
 
@@ -28,32 +33,48 @@ class StepEngine(Protocol):
     def cancel(self, request_id: int) -> None: ...
     @property
     def is_idle(self) -> bool: ...
+    @property
+    def tokens_of_step(self) -> dict[int, int]:
+        """Tokens computed in the last step, by request."""
+        ...
 
 
 @dataclass
 class Ticket:
-    """One request's way back: events arrive in `events`, the last one carries a finish reason."""
+    """One request's way back: events arrive in `events`, the last one of every sample carries a finish reason."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
     events: "asyncio.Queue[TokenEvent | RequestError]" = field(default_factory=asyncio.Queue)
     request_id: int | None = None
     cancelled: bool = False
+    joules: float = 0.0
 
     def deliver(self, event: "TokenEvent | RequestError") -> None:
         """Hand an event to the event loop; called from the engine's thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop has closed: nobody waits any more
+            self.cancelled = True
 
 
 class EngineWorker:
-    """Owns the engine. Start it once, submit from any event loop."""
+    """Owns the engine. Start it once, submit from any event loop.
 
-    def __init__(self, engine: StepEngine, *, max_waiting: int = 64) -> None:
+    Args:
+        max_waiting: requests taken in and not finished; more are told to come back.
+    """
+
+    def __init__(self, engine: StepEngine, *, max_waiting: int = 256) -> None:
         self.engine, self.max_waiting = engine, max_waiting
+        self.restarts = 0
         self._inbox: queue.Queue[Ticket] = queue.Queue()
         self._running: dict[int, Ticket] = {}
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+        self._step_began_s: float | None = None
+        self._meter = EnergyMeter()
+        self._joules = 0.0
+        self._thread = threading.Thread(target=self._supervise, name="shoal-engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -62,25 +83,43 @@ class EngineWorker:
     def stop(self) -> None:
         """End the thread after its current step."""
         self._stopping.set()
-        self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
 
     @property
     def num_open(self) -> int:
         """Requests submitted and not finished."""
         return self._inbox.qsize() + len(self._running)
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """Events of one request until all its samples have ended; leaving early cancels it.
+    @property
+    def energy_kind(self) -> str:
+        """Whether joules are measured or modelled."""
+        return self._meter.reading().kind
+
+    def stuck_for_s(self) -> float:
+        """How long the current step has been running; 0 between steps."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
+
+    def submit(self, request: Request) -> Ticket:
+        """Put a request in line; read it with `stream`.
 
         Raises:
             ServerError: too many requests are waiting.
-            RequestError: the engine refuses the request.
         """
         if self.num_open >= self.max_waiting:
             raise ServerError(f"{self.num_open} requests are waiting; try again in a moment.")
         ticket = Ticket(request, asyncio.get_running_loop())
         self._inbox.put(ticket)
-        left = request.sampling.num_samples
+        return ticket
+
+    async def stream(self, ticket: Ticket) -> AsyncGenerator[TokenEvent, None]:
+        """Events of a request until all its samples have ended; leaving early cancels it.
+
+        Raises:
+            RequestError: the engine refuses the request.
+        """
+        left = ticket.request.sampling.num_samples
         try:
             while left:
                 event = await ticket.events.get()
@@ -91,6 +130,16 @@ class EngineWorker:
         finally:
             ticket.cancelled = True
 
+    def _supervise(self) -> None:
+        """Keep the loop alive whatever happens in it."""
+        while not self._stopping.is_set():
+            try:
+                self._run()
+            except BaseException as error:  # a dead thread would leave everybody waiting for ever
+                self.restarts += 1
+                say(f"engine thread died ({type(error).__name__}: {error}); started again")
+                self._fail_all()
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             self._take_in(wait=self.engine.is_idle)
@@ -98,11 +147,15 @@ class EngineWorker:
             if self.engine.is_idle:
                 continue
             try:
+                self._step_began_s = time.monotonic()
                 events = self.engine.step()
             except Exception as error:  # whatever broke, the server goes on
                 say(f"engine step failed: {type(error).__name__}: {error}; {len(self._running)} requests ended")
                 self._fail_all()
                 continue
+            finally:
+                self._step_began_s = None
+            self._share_energy()
             for event in events:
                 self._pass_on(event)
 
@@ -113,6 +166,8 @@ class EngineWorker:
                 ticket = self._inbox.get(timeout=IDLE_POLL_S) if wait else self._inbox.get_nowait()
             except queue.Empty:
                 return
+            if wait:
+                self._joules = self._meter.reading().joules  # what idling used is nobody's
             wait = False
             if ticket.cancelled:
                 continue
@@ -127,6 +182,15 @@ class EngineWorker:
         for request_id in [number for number, ticket in self._running.items() if ticket.cancelled]:
             self.engine.cancel(request_id)
             del self._running[request_id]
+
+    def _share_energy(self) -> None:
+        joules = self._meter.reading().joules
+        spent, self._joules = max(joules - self._joules, 0.0), joules
+        computed = self.engine.tokens_of_step
+        total = sum(computed.values())
+        for request_id, tokens in computed.items():
+            if request_id in self._running:
+                self._running[request_id].joules += spent * tokens / total
 
     def _pass_on(self, event: TokenEvent) -> None:
         ticket = self._running.get(event.request_id)

@@ -11,9 +11,12 @@ import uvicorn
 
 from shoal.config import ModelConfig
 from shoal.engine.engine import Engine
+from shoal.engine.packed_model import PackedModel, fits
+from shoal.engine.serving import ServingConfig, ServingEngine
 from shoal.model.transformer import Transformer, initialise
-from shoal.server.app import build_app
-from shoal.server.chat import ServedModel
+from shoal.server.access import Access
+from shoal.server.app import ServerOptions, build_app
+from shoal.server.generation import ServedModel
 from shoal.server.worker import EngineWorker
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
@@ -48,7 +51,11 @@ def tiny_served() -> ServedModel:
     )
     model = Transformer(config)
     initialise(model, 0)
-    engine = Engine(model.eval())
+    if fits(config):
+        packed = PackedModel(config, model.state_dict().__getitem__, "f32")
+        engine: Engine | ServingEngine = ServingEngine(packed, ServingConfig(cache_bytes=1 << 22))
+    else:
+        engine = Engine(model.eval())
     return ServedModel(
         name="tiny",
         worker=EngineWorker(engine),
@@ -60,12 +67,12 @@ def tiny_served() -> ServedModel:
     )
 
 
-def run_server(api_key: str | None = None) -> Iterator[Running]:
-    served = tiny_served()
+def run_server(options: ServerOptions | None = None, served: ServedModel | None = None) -> Iterator[Running]:
+    served = served or tiny_served()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(build_app(served, api_key=api_key), host="127.0.0.1", port=port, log_level="warning")
+    config = uvicorn.Config(build_app(served, options), host="127.0.0.1", port=port, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -83,4 +90,4 @@ def running() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
-    yield from run_server(api_key="secret")
+    yield from run_server(ServerOptions(access=Access(["secret"])))

@@ -1,0 +1,105 @@
+"""The engine that serves a loaded model best on this machine: paged and cached where the packed pass fits, else simple."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.engine.disk_cache import DiskCache
+from shoal.engine.engine import Engine
+from shoal.engine.loading import LoadedModel
+from shoal.engine.packed_model import PackedModel, fits
+from shoal.engine.prefix_cache import CacheIdentity
+from shoal.engine.serving import ServingConfig, ServingEngine
+from shoal.errors import ConfigError
+from shoal.log import say
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an operator chooses."""
+
+    weights: str = "bf16"
+    """Format in memory: f32, bf16, fp8, int8 or int4."""
+    cache_bytes: int = GIB
+    """RAM for latents."""
+    disk_dir: Path | None = None
+    """Where latents outlive the process; None is the user's cache directory."""
+    use_disk: bool = True
+    disk_bytes: int = 20 * GIB
+    disk_age_s: float = 7 * 86400.0
+    max_context: int | None = None
+    max_running: int = 64
+    step_tokens: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeEngine:
+    """An engine and what must be closed after it."""
+
+    engine: Engine | ServingEngine
+    disk: DiskCache | None
+
+
+def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
+    """Choose and build.
+
+    Raises:
+        ConfigError: a quantised format for a model that only the simple engine can run.
+    """
+    model = loaded.model
+    if not fits(model.config):
+        if options.weights not in ("f32", "bf16"):
+            raise ConfigError(
+                f"weights={options.weights!r} needs the packed CPU pass, which does not fit this model; use bf16."
+            )
+        say(
+            "the packed CPU pass does not fit this model or machine (see shoal doctor): simple engine, no context cache"
+        )
+        return MadeEngine(engine=Engine(model, max_context=options.max_context), disk=None)
+    state = model.state_dict()
+    packed = PackedModel(model.config, state.__getitem__, options.weights)
+    identity = CacheIdentity(
+        weights_digest=weights_digest(loaded.path),
+        dtype=packed.format,
+        layout_version=1,
+        rope_digest=hashlib.blake2b(
+            repr((model.config.rope_theta, model.config.rope_scaling)).encode(), digest_size=16
+        ).hexdigest(),
+        tokenizer_digest=loaded.tokenizer.digest if loaded.tokenizer else "",
+        isolation="",
+    )
+    config = ServingConfig(
+        cache_bytes=options.cache_bytes,
+        max_context=options.max_context,
+        max_running=options.max_running,
+        step_tokens=options.step_tokens,
+    )
+    engine = ServingEngine(packed, config, identity=identity)
+    if options.use_disk:
+        engine.disk = DiskCache(
+            options.disk_dir or default_disk_dir(),
+            max_bytes=options.disk_bytes,
+            max_age_s=options.disk_age_s,
+            unit_bytes=engine.unit_bytes,
+        )
+    return MadeEngine(engine=engine, disk=engine.disk)
+
+
+def default_disk_dir() -> Path:
+    """The context cache in the user's cache directory (XDG base directory specification)."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "shoal" / "context"
+
+
+def weights_digest(directory: Path) -> str:
+    """Digest of all weight files and the config: a retrained model never reads what another one computed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
