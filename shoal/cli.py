@@ -299,6 +299,28 @@ def bench_prefill(
         print_json(result)
 
 
+@bench_app.command("cache")
+def bench_cache(
+    model: BenchModelArgument = None,
+    preset: PresetOption = None,
+    weights: WeightsOption = "bf16",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 4096,
+    rounds: Annotated[int, typer.Option(help="Prompts to take the median of.")] = 3,
+    json_output: JsonOption = False,
+) -> None:
+    """Time to first token: computed, found in RAM, found on disk after a restart.
+
+    Example: shoal bench cache --preset nano --prompt-tokens 1024
+    """
+    from shoal.log import print_json
+    from shoal.recipes.bench import load_packed
+    from shoal.recipes.bench_cache import bench_cache as measure
+
+    result = measure(load_packed(model, preset, weights, prompt_tokens + 64), prompt_tokens=prompt_tokens, rounds=rounds)
+    if json_output:
+        print_json(result)
+
+
 @app.command()
 def doctor(json_output: JsonOption = False) -> None:
     """Say what this machine can do and what is missing.

@@ -180,7 +180,7 @@ def test_requests_that_can_never_fit_are_refused(model):
         engine.add(Request(prompt_ids=(1,) * 100, sampling=SamplingParams(max_tokens=60)))
     with pytest.raises(RequestError, match="empty"):
         engine.add(Request(prompt_ids=()))
-    with pytest.raises(RequestError, match="0..299"):
+    with pytest.raises(RequestError, match=r"0\.\.299"):
         engine.add(Request(prompt_ids=(300,)))
 
 
