@@ -143,11 +143,28 @@ def transformers_model(case: str) -> Any:
     from shoal.presets import preset
 
     config = preset(case)
-    names = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size q_lora_rank kv_lora_rank qk_nope_head_dim "
-        "qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size "
-        "first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor max_position_embeddings"
-    ).split()
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "n_shared_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "first_k_dense_replace",
+        "n_group",
+        "topk_group",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "max_position_embeddings",
+    ]
     values = {name: getattr(config, name) for name in names}
     values |= {"num_key_value_heads": config.num_attention_heads, "num_mtp_layers": 0}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**values))

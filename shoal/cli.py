@@ -316,9 +316,116 @@ def bench_cache(
     from shoal.recipes.bench import load_packed
     from shoal.recipes.bench_cache import bench_cache as measure
 
-    result = measure(load_packed(model, preset, weights, prompt_tokens + 64), prompt_tokens=prompt_tokens, rounds=rounds)
+    result = measure(
+        load_packed(model, preset, weights, prompt_tokens + 64), prompt_tokens=prompt_tokens, rounds=rounds
+    )
     if json_output:
         print_json(result)
+
+
+keys_app = typer.Typer(help="API keys with money and limits, for 'shoal serve --ledger'.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+LedgerOption = Annotated[Path, typer.Option("--ledger", help="The ledger's SQLite file.")]
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    ledger: LedgerOption = Path("ledger.sqlite"),
+    balance_usd: Annotated[str, typer.Option(help="Money on it, USD.")] = "0",
+    requests_per_minute: Annotated[int | None, typer.Option(help="None is no limit.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="None is no limit.")] = None,
+) -> None:
+    """Make a key and print its secret, which is shown this once.
+
+    Example: shoal keys add alice --balance-usd 5 --ledger ledger.sqlite
+    """
+    from shoal.planner.prices import parse_usd
+    from shoal.server.keys import KeyStore
+
+    secret = KeyStore(ledger).add(name, parse_usd(balance_usd), requests_per_minute, max_concurrent)
+    sys.stdout.write(secret + "\n")
+
+
+@keys_app.command("list")
+def keys_list(ledger: LedgerOption = Path("ledger.sqlite"), json_output: JsonOption = False) -> None:
+    """List the keys, without their secrets.
+
+    Example: shoal keys list --ledger ledger.sqlite
+    """
+    from shoal.log import print_json
+    from shoal.server.keys import KeyStore
+
+    records = [{name: str(value) for name, value in asdict(record).items()} for record in KeyStore(ledger).list()]
+    if json_output:
+        print_json({"keys": records})
+        return
+    for record in records:
+        state = "live" if record["revoked_at"] == "None" else "revoked"
+        sys.stdout.write(f"{record['key_id']}  {state:<8} {record['balance_usd']:>16} USD  {record['name']}\n")
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(help="As 'shoal keys list' shows it.")],
+    ledger: LedgerOption = Path("ledger.sqlite"),
+) -> None:
+    """Refuse a key from now on.
+
+    Example: shoal keys revoke key-0123456789ab --ledger ledger.sqlite
+    """
+    from shoal.log import say
+    from shoal.server.keys import KeyStore
+
+    KeyStore(ledger).revoke(key_id)
+    say(f"{key_id} is revoked; what it already runs is still settled")
+
+
+@keys_app.command("top-up")
+def keys_top_up(
+    key_id: Annotated[str, typer.Argument(help="As 'shoal keys list' shows it.")],
+    amount_usd: Annotated[str, typer.Argument(help="USD to add.")],
+    ledger: LedgerOption = Path("ledger.sqlite"),
+) -> None:
+    """Add money to a key.
+
+    Example: shoal keys top-up key-0123456789ab 5 --ledger ledger.sqlite
+    """
+    from shoal.log import say
+    from shoal.planner.prices import parse_usd
+    from shoal.server.keys import KeyStore
+
+    say(f"{key_id} has {KeyStore(ledger).top_up(key_id, parse_usd(amount_usd))} USD now")
+
+
+@app.command("ledger")
+def ledger_report(
+    ledger: LedgerOption = Path("ledger.sqlite"),
+    csv: Annotated[Path | None, typer.Option(help="Write every entry to this file.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """What was used and what it cost, per key and in all; every entry as CSV.
+
+    Example: shoal ledger --ledger ledger.sqlite --csv entries.csv
+    """
+    from shoal.log import print_json, say
+    from shoal.server.keys import KeyStore
+    from shoal.server.ledger import Ledger
+
+    book = Ledger(ledger)
+    totals = {record.name: book.totals(record.key_id) for record in KeyStore(ledger).list()} | {"all": book.totals()}
+    if csv is not None:
+        with csv.open("w", newline="", encoding="utf-8") as out:
+            say(f"wrote {book.export_csv(out)} entries to {csv}")
+    if json_output:
+        print_json({name: {key: str(value) for key, value in asdict(each).items()} for name, each in totals.items()})
+        return
+    for name, each in totals.items():
+        tokens = f"{each.hit_tokens} hit, {each.miss_tokens} miss, {each.output_tokens} output tokens"
+        sys.stdout.write(
+            f"{name:<20} {each.num_requests:>6} requests  {tokens}  {each.joules:.0f} J  {each.cost_usd} USD\n"
+        )
 
 
 @app.command()

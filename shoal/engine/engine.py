@@ -135,6 +135,11 @@ class Engine:
                 f"prompt of {len(prompt)} tokens plus max_tokens={sampling.max_tokens} exceeds the context of "
                 f"{self.max_context}; shorten the prompt or lower max_tokens to {max(self.max_context - len(prompt), 0)}."
             )
+        if sampling.rules or sampling.constraint or sampling.top_logprobs:
+            raise RequestError(
+                "penalties, biases, forms and top_logprobs need the serving engine, which does not fit this model here "
+                "(see shoal doctor); leave them out."
+            )
         if sampling.num_samples > self.max_rows:
             raise RequestError(f"num_samples={sampling.num_samples} exceeds the {self.max_rows} rows of this engine.")
         self._next_id += 1

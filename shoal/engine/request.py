@@ -5,9 +5,11 @@ streaming, batch generation and reinforcement-learning rollouts are three ways o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from shoal.engine.logit_rules import Constraint, LogitRules
 from shoal.errors import RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -30,6 +32,12 @@ class SamplingParams:
     """Generation ends after one of these; it is the last token of the completion."""
     num_samples: int = 1
     """Independent completions of the same prompt; the prompt is computed once."""
+    rules: LogitRules | None = None
+    """Penalties, biases and budgets; the simple engine has none."""
+    constraint: Callable[[], Constraint] | None = None
+    """Makes the form that each sample's answer must fit."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens every event names."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -70,6 +78,8 @@ class TokenEvent:
     """Natural log-probability of the token under the distribution it was drawn from (temperature and cuts applied)."""
     finish_reason: FinishReason | None = None
     """Set on the last event of a sample."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with their log-probabilities, when they were asked for."""
     found_tokens: int = 0
     """Prompt tokens whose latents were found in a cache."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shoal.engine.disk_cache import DiskCache
+from shoal.engine.logit_rules import Constraint, apply_rules, top_logprobs
 from shoal.engine.packed_model import PackedModel
 from shoal.engine.pages import PagePool
 from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity, PrefixCache, unit_key
@@ -50,6 +51,7 @@ class _Sample(Sequence):
     seed: np.uint64
     identity: CacheIdentity
     stop: frozenset[int]
+    constraint: Constraint | None = None
     siblings: list["_Sample"] = field(default_factory=list)
     """Other samples of the same prompt; they start when it has been read, and find it in the cache."""
 
@@ -161,6 +163,7 @@ class ServingEngine:
                 seed=row_seed,
                 identity=replace(self.identity, isolation=request.isolation),
                 stop=frozenset(params.stop_token_ids),
+                constraint=params.constraint() if params.constraint else None,
             )
             for index, row_seed in enumerate(sample_seeds(seed, params.num_samples))
         ]
@@ -200,6 +203,8 @@ class ServingEngine:
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise RequestError(f"prompt ids must be in 0..{self.vocab_size - 1}; got {min(prompt)}..{max(prompt)}.")
         room = min(self.max_context, self.pool.num_pages * UNIT_TOKENS)
+        if request.sampling.rules:
+            request.sampling.rules.check(self.vocab_size)
         if len(prompt) + wanted > room:
             raise RequestError(
                 f"prompt of {len(prompt)} tokens plus max_tokens={wanted} exceeds the context of {room}; shorten the "
@@ -231,6 +236,10 @@ class ServingEngine:
         if not samples:
             return []
         params = [sample.request.sampling for sample in samples]
+        top: list[list[tuple[int, float]]] = [[] for _ in samples]
+        if any(each.top_logprobs for each in params):
+            top = top_logprobs(logit_NV, max(each.top_logprobs for each in params))
+        failed = self._apply_rules(samples, logit_NV)
         rows = RowSampling(
             temperature_N=torch.tensor([each.temperature for each in params]),
             top_p_N=torch.tensor([each.top_p for each in params]),
@@ -238,16 +247,44 @@ class ServingEngine:
             seed_N=np.array([sample.seed for sample in samples], dtype=np.uint64),
         )
         drawn_N = torch.tensor([sample.drawn for sample in samples])
-        columns = (column.tolist() for column in sample_tokens(logit_NV, rows, drawn_N))
-        return [self._event(*line) for line in zip(samples, *columns)]
+        token_N, logprob_N, finite_N = (column.tolist() for column in sample_tokens(logit_NV, rows, drawn_N))
+        return [
+            self._event(sample, token, logprob, finite and sample not in failed, likely[: each.top_logprobs])
+            for sample, token, logprob, finite, likely, each in zip(samples, token_N, logprob_N, finite_N, top, params)
+        ]
 
-    def _event(self, sample: _Sample, token: int, logprob: float, is_finite: bool) -> TokenEvent:
-        if is_finite:
+    def _apply_rules(self, samples: list[_Sample], logit_NV: Tensor) -> list[_Sample]:
+        """Apply rules and forms to the rows that have any, in place; returns the samples whose form broke."""
+        failed = []
+        for row, sample in enumerate(samples):
+            rules = sample.request.sampling.rules
+            if rules is None and sample.constraint is None:
+                continue
+            try:
+                logit_NV[row] = apply_rules(
+                    logit_NV[row],
+                    rules,
+                    sample.constraint,
+                    prompt_ids=sample.token_ids[: sample.prompt_tokens],
+                    generated_ids=sample.token_ids[sample.prompt_tokens :],
+                    stop_ids=sample.stop,
+                    temperature=sample.request.sampling.temperature,
+                )
+            except RequestError:
+                failed.append(sample)
+        return failed
+
+    def _event(
+        self, sample: _Sample, token: int, logprob: float, is_fine: bool, likely: list[tuple[int, float]]
+    ) -> TokenEvent:
+        if is_fine:
             sample.token_ids.append(token)
             self._generated += 1
+            if sample.constraint is not None:
+                sample.constraint.advance(token)
         full = sample.drawn >= sample.request.sampling.max_tokens
         reason: FinishReason | None = "stop" if token in sample.stop else "length" if full else None
-        if not is_finite:
+        if not is_fine:
             reason = "error"
         if sample.siblings:
             for sibling in reversed(sample.siblings):
@@ -260,9 +297,10 @@ class ServingEngine:
         return TokenEvent(
             request_id=sample.request_id,
             sample=sample.sample,
-            token_id=token if is_finite else None,
+            token_id=token if is_fine else None,
             logprob=logprob,
             finish_reason=reason,
+            top=tuple(likely),
             found_tokens=sample.found_tokens,
         )
 

@@ -167,6 +167,17 @@ def usd(amount_pico_usd: int) -> Decimal:
     return Decimal(f"{amount_pico_usd}e-12")
 
 
+def parse_usd(text: str) -> Decimal:
+    """An amount of money as somebody types it: `5`, `0.25`.
+
+    Raises:
+        PriceError: not a plain decimal number.
+    """
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,12})?", text):
+        raise PriceError(f"{text!r} is not an amount in USD; write it like 5 or 0.25.")
+    return Decimal(text)
+
+
 def load_prices(path: Path | str) -> tuple[Price, ...]:
     """Read a price table: a JSON list of objects with the fields of `Price`, instead of `PRICES`, not on top of it.
 

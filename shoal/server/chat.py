@@ -5,39 +5,62 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from shoal.engine.request import Request, SamplingParams, TokenEvent
+from shoal.engine.request import Request, TokenEvent
 from shoal.errors import RequestError
 from shoal.server.access import ANYBODY, Account
 from shoal.server.generation import Generation, Sample, ServedModel, Step
 from shoal.server.reasoning import AnswerReader
-from shoal.server.schemas import ChatRequest, SamplingFields
+from shoal.server.sampling_fields import form_of, sampling_params, thinking_budget_of
+from shoal.server.schemas import ChatRequest
 from shoal.text.tokenizer import THINK
-
-DEFAULT_MAX_TOKENS = 4096
 
 
 class ChatCompletion:
     """One chat request on its way.
 
     Raises:
-        RequestError: the prompt does not fit the context.
+        RequestError: the prompt does not fit the context, or something asked for cannot be.
     """
 
     def __init__(self, served: ServedModel, body: ChatRequest, account: Account = ANYBODY) -> None:
         self.served, self.body = served, body
-        messages = [message.for_template() for message in body.messages]
-        prompt_ids = tuple(served.template.encode(served.tokenizer, messages, thinking=wants_thinking(body)))
-        sampling = sampling_params(served, body, len(prompt_ids), body.max_completion_tokens)
-        request = Request(
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            tenant=account.name + "/" + (body.user_id or ""),
-            priority=body.priority,
-            isolation=account.name + "/" + (body.user_id or ""),
+        prompt_ids, opened = self._prompt()
+        sampling = sampling_params(
+            served,
+            body,
+            len(prompt_ids),
+            max_tokens=body.max_completion_tokens,
+            top_logprobs=body.top_logprobs if body.logprobs else 0,
+            form=form_of(body.response_format),
+            thinking_budget=thinking_budget_of(body),
+            thinks_from_start=opened,
         )
-        opened = prompt_ids[-1] == served.tokenizer.token_id(THINK)
+        isolation = account.name + "/" + (body.user_id or "")
+        request = Request(
+            prompt_ids=prompt_ids, sampling=sampling, tenant=isolation, priority=body.priority, isolation=isolation
+        )
         readers = [AnswerReader(served.tokenizer, starts_thinking=opened, stop=tuple(body.stop)) for _ in range(body.n)]
         self.generation = Generation(served, request, readers, account=account, keep_logprobs=body.logprobs)
+
+    def _prompt(self) -> tuple[tuple[int, ...], bool]:
+        """The conversation as token ids, and whether they end inside the thinking. A last message with `prefix` is the
+        beginning of the answer (DeepSeek's beta)."""
+        served, body = self.served, self.body
+        messages = [message.for_template() for message in body.messages]
+        prefix = body.messages[-1] if body.messages[-1].prefix else None
+        if prefix is not None and (prefix.role != "assistant" or len(messages) == 1):
+            raise RequestError("prefix=true belongs to a last message of the role assistant, after at least one other.")
+        ids = served.template.encode(
+            served.tokenizer,
+            messages[:-1] if prefix else messages,
+            thinking=False if prefix else wants_thinking(body),
+            recall=served.answers.recall,
+        )
+        if prefix is not None:
+            if not isinstance(prefix.content, str):
+                raise RequestError("a message with prefix=true needs its content as a string.")
+            ids = [*ids, *served.tokenizer.encode(prefix.content)]
+        return tuple(ids), ids[-1] == served.tokenizer.token_id(THINK)
 
     async def whole(self) -> dict[str, Any]:
         """The finished completion."""
@@ -101,7 +124,8 @@ class ChatCompletion:
 
     def _token_logprob(self, one: TokenEvent) -> dict[str, Any]:
         assert one.token_id is not None
-        return {**self._token(one.token_id, one.logprob), "top_logprobs": []}
+        top = [self._token(token_id, logprob) for token_id, logprob in one.top]
+        return {**self._token(one.token_id, one.logprob), "top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         data = self.served.tokenizer.token_bytes(token_id)
@@ -113,32 +137,6 @@ def wants_thinking(body: ChatRequest) -> bool | None:
     if body.thinking:
         return body.thinking.type == "enabled"
     return None if body.reasoning_effort is None else body.reasoning_effort != "none"
-
-
-def sampling_params(
-    served: ServedModel, body: SamplingFields, prompt_tokens: int, max_tokens: int | None = None
-) -> SamplingParams:
-    """What the engine is told.
-
-    Raises:
-        RequestError: the prompt leaves no room for an answer.
-    """
-    room = served.max_context - prompt_tokens
-    if room < 1:
-        raise RequestError(
-            f"the conversation is {prompt_tokens} tokens long; the model's context of {served.max_context} "
-            "leaves no room for an answer. Shorten it."
-        )
-    wanted = max_tokens or body.max_tokens or DEFAULT_MAX_TOKENS
-    return SamplingParams(
-        max_tokens=min(wanted, room),
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        seed=None if body.seed is None else body.seed & 0x7FFFFFFFFFFFFFFF,
-        num_samples=body.n,
-        stop_token_ids=(served.tokenizer.eos_token_id, *body.stop_token_ids),
-    )
 
 
 DONE = b"data: [DONE]\n\n"

@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from shoal.engine.request import Request
+from shoal.engine.request import Request, TokenEvent
 from shoal.errors import RequestError
 from shoal.server.access import ANYBODY, Account
-from shoal.server.chat import DONE, event, sampling_params
+from shoal.server.chat import DONE, event
 from shoal.server.generation import Generation, Sample, ServedModel
 from shoal.server.reasoning import PlainReader
+from shoal.server.sampling_fields import sampling_params
 from shoal.server.schemas import TextRequest
 from shoal.text.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ class TextCompletion:
         isolation = account.name + "/" + (body.user_id or "")
         request = Request(
             prompt_ids=tuple(ids),
-            sampling=sampling_params(served, body, len(ids)),
+            sampling=sampling_params(served, body, len(ids), top_logprobs=body.logprobs or 0),
             tenant=isolation,
             priority=body.priority,
             isolation=isolation,
@@ -105,7 +106,13 @@ class TextCompletion:
             for one in events
             if one.token_id is not None
         ]
-        return {"tokens": tokens, "token_logprobs": [one.logprob for one in events], "top_logprobs": None}
+        return {"tokens": tokens, "token_logprobs": [one.logprob for one in events], "top_logprobs": self._top(events)}
+
+    def _top(self, events: list[TokenEvent]) -> list[dict[str, float]] | None:
+        if not self.body.logprobs:
+            return None
+        spell = self.served.tokenizer.token_bytes
+        return [{spell(token).decode("utf-8", "replace"): value for token, value in one.top} for one in events]
 
     def _usage(self) -> dict[str, Any]:
         """Usage of all prompts together."""

@@ -17,6 +17,7 @@ from shoal.engine.disk_cache import DiskCache
 from shoal.engine.request import Request, TokenEvent
 from shoal.planner.prices import PRICES, Price
 from shoal.server.access import ANYBODY, Account
+from shoal.server.answers import AnswerMemory
 from shoal.server.billing import Bill, Counts
 from shoal.server.ledger import Ledger
 from shoal.server.metrics import Metrics
@@ -45,6 +46,7 @@ class ServedModel:
     ledger: Ledger | None = None
     metrics: Metrics | None = None
     disk_cache: DiskCache | None = None
+    answers: AnswerMemory = field(default_factory=AnswerMemory)
 
     def close(self) -> None:
         """Stop the engine, then write out what is still on its way to the disk."""
@@ -198,6 +200,10 @@ class Generation:
         sample.last_token_s = now_s
 
     def _finish(self) -> None:
+        for sample in self.samples:
+            # Special tokens and cut characters make a text that its tokens do not spell; such answers are not kept.
+            if self.served.tokenizer.decode(sample.reader.content_ids) == sample.content:
+                self.served.answers.remember(sample.content, sample.reader.content_ids)
         self.bill.close(self.counts)
         if self.served.metrics:
             reasons = [sample.finish_reason or "abort" for sample in self.samples]

@@ -34,6 +34,8 @@ class AnswerReader:
         self._held = ""
         self.is_thinking = starts_thinking
         self.reasoning_tokens = 0
+        self.content_ids: list[int] = []
+        """Tokens that the content was written with."""
         self.stopped = False
         """A stop string was reached; nothing after it is given out."""
 
@@ -49,6 +51,8 @@ class AnswerReader:
         self.reasoning_tokens += self.is_thinking
         if token_id in self._hidden:
             return []
+        if not self.is_thinking:
+            self.content_ids.append(token_id)
         return self._emit(self._decoder.push(token_id))
 
     def finish(self) -> list[Piece]:

@@ -9,7 +9,7 @@ placeholders where the contents go and encoding contents as ordinary text afterw
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
+        recall: Callable[[str], Sequence[int] | None] | None = None,
     ) -> list[int]:
         """The conversation as token ids; control tokens come from the template alone.
 
@@ -130,6 +131,10 @@ class ChatTemplate:
         afterwards, wherever the template puts them. Only the thinking of assistant turns is cut here rather than by the
         template, which cannot see it. A template that changes or drops a placeholder (tests its text, changes its case)
         loses that message's content; this is said as an error, never passed on.
+
+        Args:
+            recall: the ids that a model wrote a text with, if it did: they may differ from how `tokenizer` cuts the text,
+                and then only they find the model's cached state.
 
         Raises:
             RequestError: messages that are no messages, see `plain_messages`.
@@ -150,10 +155,12 @@ class ChatTemplate:
                 )
         ids: list[int] = []
         for place, piece in enumerate(pieces):
-            is_text = place % 2 == 1
-            ids += (
-                tokenizer.encode(hidden.texts[int(piece)]) if is_text else tokenizer.encode(piece, allow_special=True)
-            )
+            if place % 2 == 0:
+                ids += tokenizer.encode(piece, allow_special=True)
+                continue
+            text = hidden.texts[int(piece)]
+            known = recall(text) if recall else None
+            ids += tokenizer.encode(text) if known is None else known
         return ids
 
     def frame(self, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
