@@ -179,6 +179,7 @@ class PackedModel:
         *,
         output_row: Tensor,
         table_BX: Tensor | None = None,
+        hidden_in: Tensor | None = None,
         hidden_out: Tensor | None = None,
         chosen_LMK: Tensor | None = None,
     ) -> Tensor:
@@ -188,6 +189,7 @@ class PackedModel:
             position_M, sequence_M: int32; a sequence's earlier positions must be in the cache or in this batch.
             cache_LPTW: contiguous `[layers, pages, page tokens, latent + rotary]`, float32 or bfloat16.
             table_BX: int32 pages of each sequence; default: sequence b lies whole on page b.
+            hidden_in: float32 `[M, D]` to start from in the place of embeddings; overwritten by what `hidden_out` would hold.
             hidden_out: float32 `[M, D]`, filled with the hidden states before the final norm.
             chosen_LMK: int32, filled with the routed experts of every layer (dense layers untouched).
         """
@@ -195,10 +197,7 @@ class PackedModel:
         num_pages, page_tokens = cache_LPTW.shape[1], cache_LPTW.shape[2]
         if table_BX is None:
             table_BX = torch.arange(num_pages, dtype=torch.int32).unsqueeze(1)
-        x_MD = hidden_out if hidden_out is not None else torch.empty(len(token_M), self.config.hidden_size)
-        torch.index_select(
-            self.embedding_VD, 0, token_M, out=x_MD
-        ) if self.embedding_VD.dtype == torch.float32 else x_MD.copy_(self.embedding_VD[token_M])
+        x_MD = hidden_in if hidden_in is not None else self._embedded(token_M, hidden_out)
         logit = torch.empty(len(output_row), self.config.vocab_size)
         arrays = [tensor.to(torch.int32).contiguous() for tensor in (position_M, sequence_M, table_BX, output_row)]
         position_M, sequence_M, table_BX, output_row = arrays
@@ -221,6 +220,16 @@ class PackedModel:
         if self._kernels.forward_run(self._forward, ctypes.byref(batch)):
             raise MemoryError(f"no memory for a pass over {len(token_M)} tokens")
         return logit
+
+    def embed(self, token_M: Tensor) -> Tensor:
+        """Embeddings in float32, `[M, D]`."""
+        return self._embedded(token_M, None)
+
+    def _embedded(self, token_M: Tensor, out_MD: Tensor | None) -> Tensor:
+        x_MD = torch.empty(len(token_M), self.config.hidden_size) if out_MD is None else out_MD
+        if self.embedding_VD.dtype == torch.float32:
+            return torch.index_select(self.embedding_VD, 0, token_M, out=x_MD)
+        return x_MD.copy_(self.embedding_VD[token_M])
 
     def _layer(self, source: WeightSource, index: int) -> _LayerStruct:
         config, name = self.config, f"layers.{index}."

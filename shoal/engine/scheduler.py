@@ -43,6 +43,8 @@ class Sequence:
     admitted: int = 0
     """Order of admission; the last one is sent back first."""
     preempted: bool = False
+    draft: list[int] = field(default_factory=list)
+    """Guesses at the tokens that come next, computed along with a decoding step."""
 
     @property
     def left(self) -> int:
@@ -57,11 +59,15 @@ class Work:
     sequence: Sequence
     start: int
     count: int
+    draws: bool
+    """Whether the next token can be drawn after it."""
+    draft: tuple[int, ...] = ()
+    """Guessed tokens computed after them."""
 
     @property
-    def draws(self) -> bool:
-        """Whether the next token can be drawn after it."""
-        return self.start + self.count == len(self.sequence.token_ids)
+    def rows(self) -> int:
+        """Tokens computed, guesses included."""
+        return self.count + len(self.draft)
 
 
 @dataclass(frozen=True)
@@ -143,9 +149,9 @@ class Scheduler:
             self._served[work.sequence.tenant] = self._served.get(work.sequence.tenant, 0.0) + work.count
         return planned
 
-    def done(self, work: Work) -> None:
-        """Record that a work's tokens are in their pages."""
-        work.sequence.computed = work.start + work.count
+    def done(self, work: Work, accepted: int = 0) -> None:
+        """Record that a work's tokens are in their pages, and so many of its guesses were right."""
+        work.sequence.computed = work.start + work.count + accepted
 
     def _take(self, sequence: Sequence, budget: int, planned: list[Work]) -> int:
         """Plan up to `budget` tokens of a running sequence; 0 when it was sent back or waits for a cache."""
@@ -158,8 +164,11 @@ class Scheduler:
             self._send_back(victim)
             if victim is sequence:
                 return 0
-        planned.append(Work(sequence, sequence.computed, count))
-        return count
+        draft = tuple(sequence.draft) if count == sequence.left == 1 else ()
+        if sequence.computed + count + len(draft) > len(sequence.pages) * UNIT_TOKENS or count + len(draft) > budget:
+            draft = ()  # a guess is worth no page
+        planned.append(Work(sequence, sequence.computed, count, count == sequence.left, draft))
+        return count + len(draft)
 
     def _look_up(self, sequence: Sequence) -> bool:
         """Take what the caches have; whether there may be more in the next step."""
@@ -205,7 +214,7 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages = []
+        sequence.pages, sequence.draft = [], []
         sequence.computed = sequence.cached_units = 0
 
     def _queue_of(self, sequence: Sequence) -> "deque[Sequence]":

@@ -9,6 +9,7 @@ over the model's identity and all tokens up to its end, and is written to disk b
 """
 
 import secrets
+import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity, PrefixCache, u
 from shoal.engine.request import FinishReason, Request, TokenEvent
 from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
 from shoal.engine.scheduler import Found, Scheduler, Sequence, Work
+from shoal.engine.speculative import Drafter, SpeculationGauge
 from shoal.errors import RequestError
 
 LOAD_BYTES = 64 << 20
@@ -60,6 +62,27 @@ class _Sample(Sequence):
         return len(self.token_ids) - self.prompt_tokens
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The tokens of one pass as arrays, and where each work's rows begin."""
+
+    token_M: Tensor
+    position_M: Tensor
+    sequence_M: Tensor
+    table_BX: Tensor
+    first_row: list[int]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A token drawn for a sample."""
+
+    token: int
+    logprob: float
+    is_fine: bool
+    likely: list[tuple[int, float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServingStats:
     """Counters since the start, and what is held now."""
@@ -73,6 +96,8 @@ class ServingStats:
     found_tokens: int
     generated_tokens: int
     steps: int
+    drafted: int
+    accepted: int
 
 
 class ServingEngine:
@@ -81,6 +106,7 @@ class ServingEngine:
     Args:
         identity: of the weights and everything else that decides latents; None keeps no cache between requests.
         disk: where units outlive the process.
+        drafter: guesses tokens ahead, see `speculative.py`; its latents are one more layer of every unit.
     """
 
     def __init__(
@@ -90,15 +116,17 @@ class ServingEngine:
         *,
         identity: CacheIdentity | None = None,
         disk: DiskCache | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
+        self.drafter, self.gauge = drafter, SpeculationGauge()
         self.model, self.config = model, config or ServingConfig()
         shape = model.config
         self.max_context = min(self.config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
         dtype = torch.float32 if model.format == "f32" else torch.bfloat16
-        unit_shape = (shape.num_hidden_layers, UNIT_TOKENS, shape.cache_width)
+        unit_shape = (shape.num_hidden_layers + (drafter is not None), UNIT_TOKENS, shape.cache_width)
         self.unit_bytes = int(np.prod(unit_shape)) * dtype.itemsize
         num_pages = max(self.config.cache_bytes // self.unit_bytes, 2)
-        self.pool_LPTW = torch.empty(unit_shape[0], num_pages, *unit_shape[1:], dtype=dtype)
+        self.pool_LPTW = torch.zeros(unit_shape[0], num_pages, *unit_shape[1:], dtype=dtype)
         self.pool = PagePool(num_pages)
         self.prefix = PrefixCache(self.pool)
         self.disk = disk
@@ -139,6 +167,8 @@ class ServingEngine:
             found_tokens=self._found_tokens,
             generated_tokens=self._generated,
             steps=self._steps,
+            drafted=self.gauge.drafted,
+            accepted=self.gauge.accepted,
         )
 
     def add(self, request: Request) -> int:
@@ -188,13 +218,31 @@ class ServingEngine:
             self.tokens_of_step[request_id] = self.tokens_of_step.get(request_id, 0) + work.count
         if not planned:
             return []
-        logit_NV = self._run(planned)
+        started_s = time.perf_counter()
         self._steps += 1
+        batch = self._batch(planned)
+        drafts = self.drafter is not None and self.gauge.wants_drafts()
+        hidden_MD = torch.empty(len(batch.token_M), self.model.config.hidden_size) if drafts else None
+        logit_NV = self._run(planned, batch, hidden_MD)
+        events, accepted = self._draw(planned, logit_NV)
         for work in planned:
-            self.scheduler.done(work)
+            self.scheduler.done(work, accepted.get(work.sequence.request_id, {}).get(work.sequence.sample, 0))
+        if hidden_MD is not None:
+            self._draft(planned, batch, hidden_MD)
+        for work in planned:
             self._offer_units(work.sequence)
-        drawing = [work.sequence for work in planned if work.draws]
-        return self._draw([sample for sample in drawing if isinstance(sample, _Sample)], logit_NV)
+        if self.drafter is not None and all(work.draws and work.count == 1 for work in planned):
+            self.gauge.note(
+                with_drafts=drafts,
+                seconds=time.perf_counter() - started_s,
+                tokens=len(events),
+                drafted=sum(len(work.draft) for work in planned),
+                accepted=sum(sum(by_sample.values()) for by_sample in accepted.values()),
+            )
+        for event in events:
+            if event.finish_reason is not None:
+                self._end(event)
+        return events
 
     def _check(self, request: Request) -> None:
         prompt, wanted = request.prompt_ids, request.sampling.max_tokens
@@ -211,30 +259,72 @@ class ServingEngine:
                 f"prompt or lower max_tokens to {max(room - len(prompt), 0)}."
             )
 
-    def _run(self, planned: Many[Work]) -> Tensor:
-        """Logits of the works that draw, in order."""
-        token = [t for work in planned for t in work.sequence.token_ids[work.start : work.start + work.count]]
-        position = [p for work in planned for p in range(work.start, work.start + work.count)]
-        row = [index for index, work in enumerate(planned) for _ in range(work.count)]
-        ends = np.cumsum([work.count for work in planned]) - 1
-        width = max(len(work.sequence.pages) for work in planned)
-        table_BX = np.zeros((len(planned), width), dtype=np.int32)
+    def _batch(self, planned: Many[Work]) -> _Batch:
+        token: list[int] = []
+        position: list[int] = []
+        row: list[int] = []
+        first_row: list[int] = []
+        table_BX = np.zeros((len(planned), max(len(work.sequence.pages) for work in planned)), dtype=np.int32)
         for index, work in enumerate(planned):
+            first_row.append(len(token))
+            token += [*work.sequence.token_ids[work.start : work.start + work.count], *work.draft]
+            position += range(work.start, work.start + work.rows)
+            row += [index] * work.rows
             table_BX[index, : len(work.sequence.pages)] = work.sequence.pages
-        last = [int(end) for end, work in zip(ends, planned) if work.draws]
-        return self.model.run(
+        return _Batch(
             torch.tensor(token),
             torch.tensor(position, dtype=torch.int32),
             torch.tensor(row, dtype=torch.int32),
-            self.pool_LPTW,
-            output_row=torch.tensor(last, dtype=torch.int32),
-            table_BX=torch.from_numpy(table_BX),
+            torch.from_numpy(table_BX),
+            first_row,
         )
 
-    def _draw(self, samples: list[_Sample], logit_NV: Tensor) -> list[TokenEvent]:
+    def _run(self, planned: Many[Work], batch: _Batch, hidden_MD: Tensor | None) -> Tensor:
+        """Logits of the works that draw: after their last token, and after each guess."""
+        last = [
+            first + work.count - 1 + guess
+            for first, work in zip(batch.first_row, planned)
+            if work.draws
+            for guess in range(1 + len(work.draft))
+        ]
+        return self.model.run(
+            batch.token_M,
+            batch.position_M,
+            batch.sequence_M,
+            self.pool_LPTW[: self.model.config.num_hidden_layers],
+            output_row=torch.tensor(last, dtype=torch.int32),
+            table_BX=batch.table_BX,
+            hidden_out=hidden_MD,
+        )
+
+    def _draw(self, planned: Many[Work], logit_NV: Tensor) -> tuple[list[TokenEvent], dict[int, dict[int, int]]]:
+        """A token for every work that draws, and another one for every guess that was right; the guesses accepted by request
+        and sample."""
+        events: list[TokenEvent] = []
+        accepted: dict[int, dict[int, int]] = {}
+        going: list[tuple[_Sample, tuple[int, ...], int]] = []
+        line = 0
+        for work in planned:
+            if work.draws:
+                assert isinstance(work.sequence, _Sample)
+                going.append((work.sequence, work.draft, line))
+                line += 1 + len(work.draft)
+        while going:
+            lines = torch.tensor([line for _, _, line in going])
+            drawn = self._draw_lines([sample for sample, _, _ in going], logit_NV[lines])
+            still = []
+            for (sample, draft, line), each in zip(going, drawn):
+                event = self._event(sample, each)
+                events.append(event)
+                if draft and event.finish_reason is None and event.token_id == draft[0]:
+                    by_sample = accepted.setdefault(sample.request_id, {})
+                    by_sample[sample.sample] = by_sample.get(sample.sample, 0) + 1
+                    still.append((sample, draft[1:], line + 1))
+            going = still
+        return events, accepted
+
+    def _draw_lines(self, samples: list[_Sample], logit_NV: Tensor) -> list[_Drawn]:
         """One token for each sample from its line of logits."""
-        if not samples:
-            return []
         params = [sample.request.sampling for sample in samples]
         top: list[list[tuple[int, float]]] = [[] for _ in samples]
         if any(each.top_logprobs for each in params):
@@ -249,9 +339,47 @@ class ServingEngine:
         drawn_N = torch.tensor([sample.drawn for sample in samples])
         token_N, logprob_N, finite_N = (column.tolist() for column in sample_tokens(logit_NV, rows, drawn_N))
         return [
-            self._event(sample, token, logprob, finite and sample not in failed, likely[: each.top_logprobs])
+            _Drawn(token, logprob, finite and sample not in failed, likely[: each.top_logprobs])
             for sample, token, logprob, finite, likely, each in zip(samples, token_N, logprob_N, finite_N, top, params)
         ]
+
+    def _draft(self, planned: Many[Work], batch: _Batch, hidden_MD: Tensor) -> None:
+        """Guess on for everybody who goes on decoding, and keep the drafter's latents of all rows whose next token is known."""
+        assert self.drafter is not None
+        rows: list[int] = []
+        following: list[int] = []
+        guessing: list[_Sample] = []
+        last: list[int] = []
+        for first, work in zip(batch.first_row, planned):
+            sample = work.sequence
+            assert isinstance(sample, _Sample)
+            count = min(sample.computed, len(sample.token_ids) - 1) - work.start
+            rows += range(first, first + count)
+            following += sample.token_ids[work.start + 1 : work.start + 1 + count]
+            sample.draft = []
+            if count and work.draws and self._may_guess(sample):
+                guessing.append(sample)
+                last.append(len(rows) - 1)
+        if not rows:
+            return
+        picked = torch.tensor(rows)
+        guess_N = self.drafter.draft(
+            hidden_MD[picked],
+            torch.tensor(following),
+            batch.position_M[picked],
+            batch.sequence_M[picked],
+            self.pool_LPTW[self.model.config.num_hidden_layers :],
+            output_row=torch.tensor(last, dtype=torch.int32),
+            table_BX=batch.table_BX,
+        )
+        for sample, guess in zip(guessing, guess_N.tolist()):
+            sample.draft = [guess]
+
+    def _may_guess(self, sample: _Sample) -> bool:
+        """Whether a second token could be drawn next; rules look at every token before the next, so they decode plainly."""
+        params = sample.request.sampling
+        plain = params.rules is None and sample.constraint is None
+        return plain and sample.drawn + 1 < params.max_tokens and sample.token_ids[-1] not in sample.stop
 
     def _apply_rules(self, samples: list[_Sample], logit_NV: Tensor) -> list[_Sample]:
         """Apply rules and forms to the rows that have any, in place; returns the samples whose form broke."""
@@ -274,43 +402,37 @@ class ServingEngine:
                 failed.append(sample)
         return failed
 
-    def _event(
-        self, sample: _Sample, token: int, logprob: float, is_fine: bool, likely: list[tuple[int, float]]
-    ) -> TokenEvent:
-        if is_fine:
-            sample.token_ids.append(token)
+    def _event(self, sample: _Sample, drawn: _Drawn) -> TokenEvent:
+        if drawn.is_fine:
+            sample.token_ids.append(drawn.token)
             self._generated += 1
             if sample.constraint is not None:
-                sample.constraint.advance(token)
+                sample.constraint.advance(drawn.token)
         full = sample.drawn >= sample.request.sampling.max_tokens
-        reason: FinishReason | None = "stop" if token in sample.stop else "length" if full else None
-        if not is_fine:
-            reason = "error"
+        reason: FinishReason | None = "stop" if drawn.token in sample.stop else "length" if full else None
         if sample.siblings:
             for sibling in reversed(sample.siblings):
                 self.scheduler.add(sibling, first=True)
             sample.siblings = []
         if sample.sample == 0 and sample.drawn == 1:
             self._found_tokens += sample.found_tokens
-        if reason is not None:
-            self._end(sample)
         return TokenEvent(
             request_id=sample.request_id,
             sample=sample.sample,
-            token_id=token if is_fine else None,
-            logprob=logprob,
-            finish_reason=reason,
-            top=tuple(likely),
+            token_id=drawn.token if drawn.is_fine else None,
+            logprob=drawn.logprob,
+            finish_reason=reason if drawn.is_fine else "error",
+            top=tuple(drawn.likely),
             found_tokens=sample.found_tokens,
         )
 
-    def _end(self, sample: _Sample) -> None:
-        self.scheduler.remove(sample)
-        mine = self._samples.get(sample.request_id, [])
-        if sample in mine:
+    def _end(self, event: TokenEvent) -> None:
+        mine = self._samples.get(event.request_id, [])
+        for sample in [each for each in mine if each.sample == event.sample]:
+            self.scheduler.remove(sample)
             mine.remove(sample)
         if not mine:
-            self._samples.pop(sample.request_id, None)
+            self._samples.pop(event.request_id, None)
 
     def _keys_up_to(self, sample: _Sample, num_units: int) -> list[bytes]:
         """Keys of the first full units, each made once."""

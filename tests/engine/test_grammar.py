@@ -104,7 +104,7 @@ def test_a_form_that_is_too_long_is_refused():
         ("regex", "(x+x+)+y" * 200),
         ("json_schema", json.dumps({"$ref": "#"})),
         ("json_schema", json.dumps({"anyOf": [{"maxLength": 10**9, "type": "string"}] * 200})),
-        ("grammar", "start: start start | start start start | \"a\""),
+        ("grammar", 'start: start start | start start start | "a"'),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """Fields of chat and text requests, each seen to do what it says."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -178,7 +179,7 @@ def test_the_model_is_listed_by_name(running):
 
 def test_health_fails_when_a_step_hangs(running, monkeypatch):
     assert httpx.get(f"{running.url}/health").status_code == 200
-    monkeypatch.setattr(running.served.worker, "_step_began_s", 0.0)
+    monkeypatch.setattr(running.served.worker, "_step_began_s", time.monotonic() - 1e6)
     response = httpx.get(f"{running.url}/health")
     assert response.status_code == 503
     assert "step" in response.json()["status"]
