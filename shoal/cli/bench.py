@@ -1,0 +1,81 @@
+"""Measuring this machine: `shoal bench decode|prefill|cache`."""
+
+from typing import Annotated
+
+import typer
+
+from shoal.cli.root import JsonOption, app
+
+bench_app = typer.Typer(help="Measure this machine: decoding, prefill, the context cache.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+BenchModelArgument = Annotated[str | None, typer.Argument(help="Model directory or run directory; or use --preset.")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="Random weights in this preset's shape.")]
+WeightsOption = Annotated[str, typer.Option(help="f32, bf16, fp8, int8 or int4.")]
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: BenchModelArgument = None,
+    preset: PresetOption = None,
+    weights: WeightsOption = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens each has in its cache.")] = 128,
+    json_output: JsonOption = False,
+) -> None:
+    """Tokens per second of decoding, beside the measured limit of memory.
+
+    Example: shoal bench decode --preset nano --weights int8
+    """
+    from shoal.log import print_json
+    from shoal.recipes.bench import bench_decode as measure
+    from shoal.recipes.bench import load_packed
+
+    result = measure(load_packed(model, preset, weights, context + 512), batch=batch, context=context)
+    if json_output:
+        print_json(result)
+
+
+@bench_app.command("prefill")
+def bench_prefill(
+    model: BenchModelArgument = None,
+    preset: PresetOption = None,
+    weights: WeightsOption = "bf16",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
+    json_output: JsonOption = False,
+) -> None:
+    """Tokens per second of reading a prompt, beside the measured limit of arithmetic.
+
+    Example: shoal bench prefill --preset nano --weights bf16 --tokens 512
+    """
+    from shoal.log import print_json
+    from shoal.recipes.bench import bench_prefill as measure
+    from shoal.recipes.bench import load_packed
+
+    result = measure(load_packed(model, preset, weights, tokens), tokens=tokens)
+    if json_output:
+        print_json(result)
+
+
+@bench_app.command("cache")
+def bench_cache(
+    model: BenchModelArgument = None,
+    preset: PresetOption = None,
+    weights: WeightsOption = "bf16",
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 4096,
+    rounds: Annotated[int, typer.Option(help="Prompts to take the median of.")] = 3,
+    json_output: JsonOption = False,
+) -> None:
+    """Time to first token: computed, found in RAM, found on disk after a restart.
+
+    Example: shoal bench cache --preset nano --prompt-tokens 1024
+    """
+    from shoal.log import print_json
+    from shoal.recipes.bench import load_packed
+    from shoal.recipes.bench_cache import bench_cache as measure
+
+    result = measure(
+        load_packed(model, preset, weights, prompt_tokens + 64), prompt_tokens=prompt_tokens, rounds=rounds
+    )
+    if json_output:
+        print_json(result)
