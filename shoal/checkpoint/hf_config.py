@@ -10,12 +10,13 @@ written as `model_type` "shoal", which other programs refuse instead of computin
 """
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from shoal.config import ModelConfig, YarnConfig
 from shoal.errors import ConfigError
+
+if TYPE_CHECKING:  # the planner reads config.json files, and must answer before torch would be loaded
+    import torch
 
 MLA_FAMILIES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 GQA_FAMILIES = ("llama", "glm4_moe")
@@ -179,7 +180,7 @@ def published_family(config: ModelConfig) -> tuple[str, str | None]:
     return "deepseek_v2", None
 
 
-def config_to_hf(config: ModelConfig, *, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig, *, dtype: "torch.dtype | str" = "bfloat16") -> dict[str, Any]:
     """The content of a published config.json, complete and in the old spelling."""
     family, _ = published_family(config)
     values: dict[str, Any] = {

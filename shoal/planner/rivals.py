@@ -346,8 +346,11 @@ def _check_context(context_tokens: int) -> None:
         raise ConfigError(f"context_tokens={context_tokens!r} must be a whole number of tokens, zero or more.")
 
 
-def _dense(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int) -> ModelConfig:
+def _dense(
+    layers: int, hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, positions: int = 4096
+) -> ModelConfig:
     return ModelConfig(
+        max_position_embeddings=positions,
         vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -358,45 +361,60 @@ def _dense(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: in
     )
 
 
-def _v3_2() -> Rival:
-    """V3 with the lightning indexer: 64 heads of 128 score every token, 2048 latents are read."""
-    base = rival_of("v3", v3(), source="", released_as="fp8")
-    layers, heads, width, latent = 61, 64, 128, v3().q_lora_rank or 0
+def with_indexer(name: str, config: ModelConfig, indexer: tuple[int, int, int], source: str, note: str = "") -> Rival:
+    """Latent attention with DeepSeek-V3.2's lightning indexer, served in its FP8 layout.
+
+    Args:
+        indexer: query heads, their width, and latents that the selection leaves.
+    """
+    heads, width, top = indexer
+    counts, layers, latent = parameter_counts(config), config.num_hidden_layers, config.kv_lora_rank
+    query_from = config.q_lora_rank or config.hidden_size
     # Query from the query latent, one key, a LayerNorm with bias, and a weight per head.
-    indexer_params = layers * (latent * heads * width + v3().hidden_size * (width + heads) + 2 * width)
+    indexer_params = layers * (query_from * heads * width + config.hidden_size * (width + heads) + 2 * width)
     latents = CachePart(
         name="latents",
         copies=layers,
-        elements_per_entry=576,
-        bytes_per_entry=656,  # 512 e4m3, 4 float32 scales, 64 bf16
-        heads=128,
-        width=2 * 512 + 64,
-        most_entries_read=2048,
+        elements_per_entry=config.cache_width,
+        # FP8 codes, a float32 scale for each 128, the rotary part in bf16: 656 bytes for V3's widths.
+        bytes_per_entry=latent + 4 * -(-latent // 128) + 2 * config.qk_rope_head_dim,
+        heads=config.num_attention_heads,
+        width=2 * latent + config.qk_rope_head_dim,
+        most_entries_read=top,
     )
+    keys = _index_keys(copies=layers, bytes_per_entry=width + 4, precision="fp8", heads=heads, width=width)
     return Rival(
-        name="v3.2",
-        cache=(latents, _index_keys(copies=layers, bytes_per_entry=132, precision="fp8")),
-        total_params=base.total_params + indexer_params,
-        active_params=base.active_params,
+        name=name,
+        cache=(latents, keys),
+        total_params=counts.total + indexer_params,
+        active_params=counts.active,
         checkpoint_bytes=None,
         linear_precision="fp8",
-        config=v3(),
-        source="deepseek-ai/DeepSeek-V3.2-Exp inference/model.py (indexer); FlashMLA (656 bytes per latent)",
-        note="active parameters without the indexers' 0.85B, as V4's report compares; the size of the released files was not "
-        "read, it is V3's and about 0.9 GB of indexers; config has no indexer",
+        config=config,
+        source=source,
+        note=note
+        or "active parameters without the indexers', as V4's report compares; the FP8 layout of indexers in files is not counted",
     )
 
 
-def _index_keys(*, copies: int, bytes_per_entry: int, tokens_per_entry: int = 1, precision: NumberFormat) -> CachePart:
-    """Keys of a lightning indexer with 64 heads of 128: every one is scored."""
+def _index_keys(
+    *,
+    copies: int,
+    bytes_per_entry: int,
+    tokens_per_entry: int = 1,
+    precision: NumberFormat,
+    heads: int = 64,
+    width: int = 128,
+) -> CachePart:
+    """Keys of a lightning indexer: every one is scored."""
     return CachePart(
         name="index keys",
         copies=copies,
-        elements_per_entry=128,
+        elements_per_entry=width,
         bytes_per_entry=bytes_per_entry,
         tokens_per_entry=tokens_per_entry,
-        heads=64,
-        width=128,
+        heads=heads,
+        width=width,
         precision=precision,
         is_indexer=True,
     )
@@ -477,18 +495,25 @@ RIVALS: dict[str, Rival] = {
     one.name: one
     for one in (
         rival_of("v3", v3(), source="DeepSeek-V3 report and config.json", released_as="fp8"),
-        _v3_2(),
+        with_indexer(
+            "v3.2",
+            v3(),
+            (64, 128, 2048),
+            "deepseek-ai/DeepSeek-V3.2-Exp inference/model.py (indexer); FlashMLA (656 bytes per latent)",
+            "active parameters without the indexers' 0.85B, as V4's report compares; the size of the released files was not "
+            "read, it is V3's and about 0.9 GB of indexers; config has no indexer",
+        ),
         _v4("v4-pro", layers=61, sparse=30, heavy=31, heads=128, top=1024, params=(1.6e12, 49e9)),
         _v4("v4-flash", layers=43, sparse=21, heavy=20, heads=64, top=512, params=(284e9, 13e9)),
         _v4_1_flash(),
         rival_of(
             "qwen2.5-72b",
-            _dense(80, 8192, 64, 8, 29568, 152064),
+            _dense(80, 8192, 64, 8, 29568, 152064, positions=32768),
             source=_GQA_SOURCE,
             extra_params=80 * (64 + 2 * 8) * 128,
             note="extra parameters are the biases of query, key and value, which ModelConfig lacks",
         ),
-        rival_of("llama-3.1-405b", _dense(126, 16384, 128, 8, 53248, 128256), source=_GQA_SOURCE),
+        rival_of("llama-3.1-405b", _dense(126, 16384, 128, 8, 53248, 128256, positions=131072), source=_GQA_SOURCE),
         rival_of(
             "llama-2-7b", _dense(32, 4096, 32, 32, 11008, 32000), source=_GQA_SOURCE, note="plain multi-head attention"
         ),
