@@ -1,81 +1,147 @@
-"""The page, clicked through in a real browser against a real server."""
+"""The page, clicked through in a real browser against the real server with a real (tiny, untrained) model."""
 
-import shutil
+import re
+from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from shoal.server.app import PAGE_POLICY
+from shoal.server.guard import PAGE_POLICY
+from tests.server.page_server import WEB, answered, ask, chromium, opened_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1998/Math/MathML"}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
-def page(running):
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine; install Debian's package 'chromium' to run browser tests")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'dev')")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
-        page.goto(running.url)
-        yield page
-        assert page.problems == []
-        browser.close()
+def page(browser, running) -> Iterator:
+    with opened_page(browser, running.url) as opened:
+        opened.wait_for_selector("#suggestions button")
+        yield opened
 
 
 def test_the_page_forbids_everything_foreign(running):
-    response = httpx.get(running.url)
-    assert response.headers["content-security-policy"] == PAGE_POLICY
-    for path in ("/", "/web/chat.js", "/web/style.css"):
-        assert (
-            "http://" not in httpx.get(running.url + path).text and "https://" not in httpx.get(running.url + path).text
-        )
+    assert httpx.get(running.url).headers["content-security-policy"] == PAGE_POLICY
+    assert "unsafe" not in PAGE_POLICY and "default-src 'none'" in PAGE_POLICY
+    for file in WEB.iterdir():
+        response = httpx.get(f"{running.url}/web/{file.name}")
+        assert response.status_code == 200 and response.headers["content-security-policy"] == PAGE_POLICY
+        assert set(re.findall(r"https?://[\w./]+", response.text)) <= NAMESPACES
+
+
+def test_no_script_of_the_page_writes_markup_or_runs_text():
+    doors = re.compile(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|\beval\(|new Function|createContextualFragment"
+    )
+    for file in WEB.glob("*.js"):
+        assert not doors.search(file.read_text()), file.name
+    html = (WEB / "index.html").read_text()
+    assert not re.search(r"\son\w+=|\sstyle=|<style|<script(?! type=\"module\" src=)", html)
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_suggestion_is_asked_and_answered_and_can_be_asked_again(page):
+def test_a_suggestion_is_asked_and_answered_and_asking_again_makes_a_second_version(page):
     page.click("#suggestions button >> nth=0")
-    page.wait_for_selector(".again:visible", timeout=30_000)
-    assert page.inner_text(".question") == "how many fish?"
-    assert "tokens/s" in page.inner_text(".facts")
-    page.click(".again:visible")
-    page.wait_for_selector(".again:visible", timeout=30_000)
-    assert page.locator(".answer").count() == 1
+    answered(page)
+    assert page.inner_text(".bubble") == "how many fish?"
+    assert re.search(r"\d+ tokens · .*first after .* · prompt \d+", page.inner_text(".facts"))
+    page.click(".again")
+    answered(page)
+    assert page.locator(".message.answer").count() == 1
+    assert page.inner_text(".answer .branches span") == "2/2"
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_markup_stays_text(page):
+def test_the_joules_and_the_cost_of_the_answer_are_those_the_server_counted(page):
+    with page.expect_response("**/v1/chat/completions") as waiting:
+        ask(page, "how many fish?")
+    usage = re.findall(r'"cost_usd": ?"([\d.]+)", ?"joules": ?([\d.]+)', waiting.value.text())
+    assert usage, "the server sends cost and joules with the usage"
+    facts = page.inner_text(".facts")
+    assert re.search(r"\$0", facts) and re.search(r"[\d.]+ k?J", facts)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_markup_in_a_question_and_in_a_suggestion_stays_text(page):
     assert page.locator("#suggestions b").count() == 0
     hostile = "<img src=x onerror=alert(1)><script>document.title='owned'</script>"
-    page.fill("#question", hostile)
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".again:visible", timeout=30_000)
-    assert page.inner_text(".question") == hostile
-    assert page.locator("main img, main script").count() == 0 and page.title() == "Shoal"
+    ask(page, hostile)
+    assert page.inner_text(".bubble") == hostile
+    assert page.locator("#messages img, #messages script").count() == 0 and page.title() == "Shoal"
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_escape_stops_an_answer(page):
+def test_thinking_that_is_always_on_is_folded_with_its_duration(page):
+    page.click("#open-settings")
+    page.select_option("#thinking", "on")
+    page.fill("#max_tokens", "40")
+    page.click("#close-settings")
+    ask(page, "how many fish?")
+    details = page.locator(".thinking")
+    assert details.is_visible() and details.get_attribute("open") is None
+    assert page.inner_text(".thinking summary").startswith("Thought for ")
+    assert not page.is_visible(".reasoning")
+    page.click(".thinking summary")
+    assert page.inner_text(".reasoning").strip()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_escape_stops_an_answer_and_the_server_is_told(page, running):
     page.fill("#question", "count")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#stop:visible")
+    page.wait_for_selector("#stop", state="visible")
     page.keyboard.press("Escape")
-    page.wait_for_selector("#send:visible", timeout=5_000)
-    page.click("#clear")
-    assert page.locator(".answer").count() == 0 and page.is_visible("#welcome")
+    answered(page)
+    page.wait_for_timeout(200)
+    assert running.served.worker.num_open == 0
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_conversation_survives_a_reload(page):
+    ask(page, "how many fish?")
+    before = page.locator("#messages").inner_text()
+    page.reload()
+    page.wait_for_selector(".message.answer")
+    assert page.locator("#messages").inner_text() == before
+    ask(page, "and now?")
+    assert page.locator(".message").count() == 4
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_question_too_long_for_the_context_is_refused_in_words_and_kept(browser, running):
+    with opened_page(browser, running.url, allowed=("400",)) as page:
+        long = "how many fish are there? " * 200
+        ask(page, long)
+        assert "256" in page.inner_text(".error")
+        assert page.inner_text(".bubble") == long.strip()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_server_with_keys_is_asked_with_the_key_the_person_gives(browser, locked):
+    with opened_page(browser, locked.url, allowed=("401",)) as page:
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-dialog[open]")
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#suggestions button")
+        ask(page, "how many fish?")
+        assert page.locator(".error:visible").count() == 0
+        page.reload()
+        page.wait_for_selector("#suggestions button", state="attached")
+        assert not page.is_visible("#key-dialog")
+        assert page.evaluate("Object.values(localStorage).includes('secret')") is False

@@ -1,156 +1,283 @@
-// The chat page. Everything a model or a person wrote enters the page through textContent, never as markup.
-"use strict";
+// The chat: joins conversations, their storage, running answers and the views.
+import { Answer } from "./answer.js";
+import { Composer } from "./composer.js";
+import { connectionLost, whenBack } from "./connection.js";
+import { addMessage, choose, newConversation, siblings, visiblePath } from "./conversation.js";
+import { afterFrame, byId, element, setText } from "./dom.js";
+import { draft, dropDraftsExcept, keepDraft } from "./drafts.js";
+import { askForKey } from "./key_dialog.js";
+import { announce, MessageLog } from "./message_log.js";
+import { getJson } from "./server.js";
+import { checkedSettings, lastSettings } from "./settings.js";
+import { SettingsPanel } from "./settings_panel.js";
+import { Sidebar } from "./sidebar.js";
+import { ConversationStore } from "./store.js";
+import { toast } from "./toast.js";
 
-const byId = (id) => document.getElementById(id);
-const log = byId("log"), form = byId("form"), question = byId("question");
-const messages = [];
-let running = null;
+const SAVE_EVERY_MS = 1000;
+const OPEN_KEY = "shoal-open-conversation";
 
-async function describe() {
-  const facts = await (await fetch("/api/page")).json();
-  byId("model").textContent = `${facts.name} · context ${facts.max_context} tokens`;
-  byId("description").textContent = facts.description || "A model served from this machine.";
-  if (facts.description) {
-    byId("reminder").textContent = `${facts.description} Anything else it has never seen.`;
+export class Chat {
+  constructor() {
+    this.answers = new Map(); // running ones, by message
+    this.editing = null; // the message in whose place an editor stands
+    this.store = new ConversationStore();
+    this.log = new MessageLog({
+      edit: (node) => this.edit(node), regenerate: (node) => this.regenerate(node), choose: (node, by) => this.chooseBranch(node, by),
+    });
+    this.composer = new Composer({ send: (text) => this.send(text), stop: () => this.stop(), editLast: () => this.editLast() });
+    this.settings = new SettingsPanel({
+      changed: (conversation) => this.save(conversation, { evenIfEmpty: true }), conversations: () => this.store.newestFirst(),
+    });
+    this.sidebar = new Sidebar(this.store, {
+      open: (id) => this.open(this.store.conversations.get(id)),
+      create: () => this.create(),
+      rename: (id, title) => this.rename(id, title),
+      remove: (id) => this.remove(id),
+      restore: (conversation) => this.restore(conversation),
+    });
   }
-  for (const text of facts.suggestions) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
-    button.addEventListener("click", () => ask(text));
-    byId("suggestions").append(button);
+
+  async start() {
+    this.store.addEventListener("failed", (event) => toast(event.detail.reason));
+    this.store.addEventListener("changed", (event) => this.changedElsewhere(event.detail.id));
+    whenBack.addEventListener("back", () => this.describe());
+    addEventListener("pagehide", () => this.saveRunning());
+    setInterval(() => this.tick(), SAVE_EVERY_MS);
+    this.create({ focus: false });
+    await this.store.open();
+    if (this.store.database) dropDraftsExcept(new Set(this.store.conversations.keys()));
+    const before = this.store.conversations.get(recall(OPEN_KEY));
+    if (before) this.open(before);
+    else this.sidebar.show(this.current.id, this.busyConversations());
+    await this.describe();
   }
-}
 
-function ask(text) {
-  if (running || !text.trim()) return;
-  byId("welcome").hidden = true;
-  byId("clear").hidden = false;
-  byId("reminder").hidden = !byId("reminder").textContent;
-  const bubble = document.createElement("div");
-  bubble.className = "question";
-  bubble.textContent = text;
-  log.append(bubble);
-  messages.push({ role: "user", content: text });
-  question.value = "";
-  resize();
-  answer();
-}
-
-async function answer() {
-  const view = byId("answer").content.cloneNode(true).firstElementChild;
-  log.querySelectorAll(".again").forEach((button) => { button.hidden = true; });
-  log.append(view);
-  busy(new AbortController());
-  const state = { started: performance.now(), first: null, thought: null, tokens: 0, reasoning: "", content: "", usage: null };
-  try {
-    await read(state, view);
-  } catch (error) {
-    if (error.name !== "AbortError") fail(view, error.message);
+  async describe() {
+    let facts;
+    try {
+      facts = await getJson("/api/page");
+    } catch (error) {
+      if (error.status === 401) askForKey(error.message).then(() => this.describe());
+      else if (error.status === 0) connectionLost();
+      setText(byId("model"), error.message);
+      return;
+    }
+    this.model = facts.name;
+    setText(byId("model"), `${facts.name} · context ${facts.max_context} tokens`);
+    setText(byId("description"), facts.description || "A model served from this machine.");
+    const ask = (text) => element("button", { type: "button", on: { click: () => this.send(text) } }, text);
+    byId("suggestions").replaceChildren(...(facts.suggestions ?? []).map((text) => ask(String(text))));
   }
-  finish(state, view);
-}
 
-async function read(state, view) {
-  const response = await fetch("/v1/chat/completions", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ messages, stream: true, stream_options: { include_usage: true }, temperature: 0.6 }),
-    signal: running.signal,
-  });
-  if (!response.ok) throw new Error((await response.json()).error.message);
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    buffer += value;
-    const events = buffer.split("\n\n");
-    buffer = events.pop();
-    for (const event of events) {
-      if (event.startsWith("data: ") && event !== "data: [DONE]") take(JSON.parse(event.slice(6)), state, view);
+  // -- conversations
+
+  create({ focus = true } = {}) {
+    const empty = this.store.newestFirst().find((conversation) => Object.keys(conversation.nodes).length === 0);
+    this.open(empty ?? newConversation(lastSettings()), { focus });
+  }
+
+  open(conversation, { focus = true } = {}) {
+    conversation.settings = checkedSettings(conversation.settings);
+    this.current = conversation;
+    this.editing = null;
+    remember(OPEN_KEY, conversation.id);
+    this.log.forgetAll();
+    this.settings.show(conversation);
+    this.composer.open(placeOfDraft(conversation));
+    this.show();
+    this.log.toEnd();
+    if (focus) this.composer.focus();
+  }
+
+  rename(id, title) {
+    const conversation = this.store.conversations.get(id);
+    conversation.title = title;
+    this.save(conversation);
+    this.show();
+  }
+
+  remove(id) {
+    for (const answer of this.answers.values()) if (answer.conversation.id === id) answer.stop();
+    this.store.remove(id);
+    if (this.current.id === id) this.create();
+    else this.show();
+  }
+
+  restore(conversation) {
+    this.save(conversation, { evenIfEmpty: true });
+    this.open(conversation);
+  }
+
+  changedElsewhere(id) {
+    if (this.current.id === id && !this.store.conversations.has(id)) this.create({ focus: false });
+    else if (this.current.id === id && !this.editing && !this.answering()) {
+      this.show();
+      if (!this.settings.isOpen) this.settings.show(this.current);
+    } else this.sidebar.show(this.current.id, this.busyConversations());
+  }
+
+  save(conversation, { evenIfEmpty = false } = {}) {
+    if (!evenIfEmpty && Object.keys(conversation.nodes).length === 0) return Promise.resolve();
+    return this.store.save(conversation);
+  }
+
+  // -- messages
+
+  send(text) {
+    if (this.answering()) {
+      toast("An answer is being written. Stop it first, or wait; your text stays in its field.");
+      return;
+    }
+    const last = visiblePath(this.current).at(-1);
+    const isUnanswered = last?.role === "user";
+    const question = addMessage(this.current, isUnanswered ? last.parent : last?.id ?? null, "user", text);
+    if (this.composer.field.value.trim() === text) this.composer.clear();
+    this.composer.open(placeOfDraft(this.current));
+    this.write(question);
+    this.log.toEnd();
+  }
+
+  regenerate(node) {
+    if (this.answering()) return;
+    // An answer that failed before its first word is nothing to come back to.
+    if (node.state === "failed" && !node.content && !node.reasoning) this.grow(node);
+    else this.write(this.current.nodes[node.parent]);
+  }
+
+  edit(node) {
+    if (this.answering()) return;
+    if (this.editing) this.cancelEditing();
+    this.editing = node;
+    const place = `edit-${node.id}`;
+    const { id } = this.current;
+    this.log.edit(node, draft(id, place) || node.content, {
+      onInput: (text) => keepDraft(id, place, text),
+      onCancel: () => this.cancelEditing(),
+      onDone: (text) => {
+        if (this.answering()) return;
+        keepDraft(id, place, "");
+        this.endEditing();
+        this.write(addMessage(this.current, node.parent, "user", text.trim()));
+      },
+    });
+  }
+
+  editLast() {
+    const last = visiblePath(this.current).findLast((node) => node.role === "user");
+    if (last) this.edit(last);
+  }
+
+  cancelEditing() {
+    const node = this.editing;
+    keepDraft(this.current.id, `edit-${node.id}`, "");
+    this.endEditing();
+    this.show();
+    this.composer.field.focus();
+  }
+
+  endEditing() {
+    this.log.forget(this.editing.id);
+    this.editing = null;
+  }
+
+  chooseBranch(node, by) {
+    const among = siblings(this.current, node);
+    const wanted = among[among.findIndex((other) => other.id === node.id) + by];
+    if (!wanted) return;
+    choose(this.current, wanted);
+    if (this.editing) this.endEditing();
+    this.save(this.current);
+    this.show();
+    this.log.focusBranchSwitch(wanted, by < 0 ? "Previous version" : "Next version");
+  }
+
+  // -- answers
+
+  write(question) {
+    this.grow(addMessage(this.current, question.id, "assistant", ""));
+  }
+
+  async grow(node) {
+    const conversation = this.current;
+    for (const key of ["error", "usage", "finish_reason", "thought_s", "first_s", "tokens", "tokens_per_s"]) delete node[key];
+    const redraw = afterFrame(() => {
+      if (this.current === conversation && this.answers.has(node.id)) this.log.grow(conversation, node, this.answers.get(node.id));
+    });
+    const answer = new Answer(conversation, node, this.model, redraw);
+    this.answers.set(node.id, answer);
+    this.store.writing.add(node.id);
+    const running = answer.run();
+    this.save(conversation);
+    this.show();
+    announce("Answering");
+    const failure = await running;
+    this.answers.delete(node.id);
+    conversation.updated = Date.now();
+    if (this.store.conversations.has(conversation.id)) await this.save(conversation);
+    this.store.writing.delete(node.id);
+    this.show();
+    announce(failure ? `Failed: ${failure.message}` : "Answer complete");
+    if (failure) this.handle(failure, conversation, node);
+  }
+
+  handle(failure, conversation, node) {
+    if (failure.status === 0) connectionLost();
+    if (failure.status !== 401) return;
+    askForKey(failure.message).then(() => {
+      this.describe();
+      if (this.current === conversation && !this.answering()) this.regenerate(node);
+    });
+  }
+
+  stop() {
+    this.answering()?.stop();
+    this.composer.field.focus();
+  }
+
+  // The running answer of the open conversation.
+  answering() {
+    return [...this.answers.values()].find((answer) => answer.conversation === this.current);
+  }
+
+  busyConversations() {
+    return new Set([...this.answers.values()].map((answer) => answer.conversation.id));
+  }
+
+  tick() {
+    for (const answer of this.answers.values()) answer.onGrowth();
+    this.saveRunning();
+  }
+
+  saveRunning() {
+    for (const { conversation } of this.answers.values()) {
+      if (this.store.conversations.has(conversation.id)) this.save(conversation);
     }
   }
-}
 
-function take(chunk, state, view) {
-  if (chunk.error) throw new Error(chunk.error.message);
-  if (chunk.usage) state.usage = chunk.usage;
-  const delta = chunk.choices.length ? chunk.choices[0].delta : {};
-  if (!delta.reasoning_content && !delta.content) return;
-  state.first ??= performance.now();
-  state.tokens += 1;
-  if (delta.reasoning_content) {
-    state.reasoning += delta.reasoning_content;
-    view.querySelector("details").hidden = false;
-    view.querySelector(".reasoning").textContent = state.reasoning;
-  } else {
-    if (state.reasoning && state.thought === null) settleThinking(state, view);
-    state.content += delta.content;
-    view.querySelector(".content").textContent = state.content;
+  show() {
+    this.log.show(this.current, this.answers);
+    this.composer.setBusy(Boolean(this.answering()));
+    this.sidebar.show(this.current.id, this.busyConversations());
   }
-  view.querySelector(".facts").textContent = speed(state, state.tokens);
-  log.scrollTop = log.scrollHeight;
 }
 
-function settleThinking(state, view) {
-  state.thought = (performance.now() - state.started) / 1000;
-  view.querySelector("summary").textContent = `Thought for ${state.thought.toFixed(1)} s`;
-}
+// A conversation without messages may not outlive this visit; what was typed into it waits for the next new one.
+const placeOfDraft = (conversation) => (Object.keys(conversation.nodes).length ? conversation.id : "unsent");
 
-function speed(state, tokens) {
-  const seconds = (performance.now() - state.started) / 1000;
-  return `${tokens} tokens · ${(tokens / seconds).toFixed(0)} tokens/s · first after ${Math.round(state.first - state.started)} ms`;
-}
-
-function finish(state, view) {
-  if (state.reasoning && state.thought === null) settleThinking(state, view);
-  if (state.first !== null) {
-    const usage = state.usage;
-    const counted = usage ? usage.completion_tokens : state.tokens;
-    view.querySelector(".facts").textContent = speed(state, counted) + (usage ? ` · prompt ${usage.prompt_tokens}` : " · stopped");
+function remember(key, value) {
+  try {
+    sessionStorage.setItem(key, value);
+    localStorage.setItem(key, value);
+  } catch {
+    // The next visit starts with a new conversation.
   }
-  messages.push({ role: "assistant", content: state.content });
-  const again = view.querySelector(".again");
-  again.hidden = false;
-  again.addEventListener("click", () => {
-    if (running) return;
-    messages.pop();
-    view.remove();
-    answer();
-  });
-  busy(null);
-  question.focus();
 }
 
-function fail(view, text) {
-  view.classList.add("error");
-  view.querySelector(".content").textContent = text;
+function recall(key) {
+  try {
+    return sessionStorage.getItem(key) ?? localStorage.getItem(key);
+  } catch {
+    return null;
+  }
 }
-
-function busy(controller) {
-  running = controller;
-  byId("send").hidden = Boolean(controller);
-  byId("stop").hidden = !controller;
-}
-
-function resize() {
-  question.style.height = "auto";
-  question.style.height = `${question.scrollHeight}px`;
-}
-
-form.addEventListener("submit", (event) => { event.preventDefault(); ask(question.value); });
-question.addEventListener("input", resize);
-question.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(question.value); }
-});
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running) running.abort(); });
-byId("stop").addEventListener("click", () => running && running.abort());
-byId("clear").addEventListener("click", () => {
-  if (running) running.abort();
-  messages.length = 0;
-  log.querySelectorAll(".question, .answer").forEach((element) => element.remove());
-  byId("welcome").hidden = false;
-  byId("clear").hidden = true;
-});
-describe();

@@ -1,0 +1,460 @@
+"""Conversations on the page: branches, settings, several of them, what is kept, what is said when things fail."""
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server.page_server import (
+    ScriptedModel,
+    answered,
+    ask,
+    chromium,
+    free_port,
+    listening,
+    opened_page,
+    scripted_app,
+)
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, ScriptedModel]]:
+    model = ScriptedModel()
+    with listening(scripted_app(model, None), free_port()) as url:
+        yield url, model
+
+
+@pytest.fixture
+def model(served):
+    served[1].__init__()
+    return served[1]
+
+
+@pytest.fixture
+def page(browser, served, model):
+    with opened_page(browser, served[0]) as opened:
+        yield opened
+
+
+def texts(page, selector=".bubble"):
+    return page.locator(selector).all_inner_texts()
+
+
+def test_facts_tell_tokens_first_token_cache_cost_and_joules(page, model):
+    model.piece_s = 0.03
+    ask(page, "how many fish are in the shoal?")
+    facts = page.inner_text(".facts")
+    assert re.fullmatch(
+        r"12 tokens · \d[\d.]* tokens/s · first after \d+ ms · prompt 70, 64 from cache · \$0\.000012 · 4\.25 J", facts
+    )
+
+
+def test_facts_leave_out_what_the_server_does_not_say(page, model):
+    model.usage = {"prompt_tokens": 70, "completion_tokens": 12}
+    ask(page, "how many?")
+    assert "$" not in page.inner_text(".facts") and " J" not in page.inner_text(".facts")
+
+
+def test_speed_is_shown_while_the_answer_grows(page, model):
+    model.answer, model.piece_s = "fish " * 40, 0.05
+    page.fill("#question", "go")
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "/≈\\d+ tokens · [\\d.]+ tokens\\/s/.test(document.querySelector('.facts')?.textContent ?? '')"
+    )
+    page.click("#stop")
+    answered(page)
+    assert "stopped" in page.inner_text(".facts") and page.inner_text(".content").startswith("fish")
+
+
+def test_thinking_counts_its_seconds_while_it_lasts_and_stays_open_when_opened(page, model):
+    model.thinking, model.piece_s, model.answer = "12+2=14\n" * 6, 0.05, "14, done with thinking about it"
+    page.fill("#question", "go")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".thinking:visible")
+    assert re.match(r"Thinking… \d+ s", page.inner_text(".thinking summary"))
+    page.click(".thinking summary")
+    answered(page)
+    assert re.match(r"Thought for \d+ ms", page.inner_text(".thinking summary"))
+    assert page.inner_text(".reasoning").count("12+2=14") == 6
+
+
+def test_an_edited_question_branches_and_the_switch_brings_each_branch_back(page, model):
+    ask(page, "first")
+    ask(page, "second")
+    page.hover(".question >> nth=0")
+    page.click(".question >> nth=0 >> text=Edit")
+    page.fill(".editor textarea", "changed")
+    page.keyboard.press("Enter")
+    answered(page)
+    assert texts(page) == ["changed"]
+    assert page.inner_text(".question .branches span") == "2/2"
+    page.click(".question [aria-label='Previous version']")
+    assert texts(page) == ["first", "second"]
+    assert page.evaluate("document.activeElement.ariaLabel") == "Next version"
+    page.keyboard.press("Enter")
+    assert texts(page) == ["changed"]
+    assert model.requests[-1]["messages"] == [{"role": "user", "content": "changed"}]
+
+
+def test_branches_and_the_one_in_sight_survive_a_reload(page):
+    ask(page, "first")
+    page.click(".again")
+    answered(page)
+    page.click(".answer [aria-label='Previous version']")
+    page.wait_for_timeout(200)
+    page.reload()
+    page.wait_for_selector(".answer")
+    assert page.inner_text(".answer .branches span") == "1/2"
+
+
+def test_a_follow_up_sends_the_branch_in_sight_without_its_thinking(page, model):
+    model.thinking, model.answer = "hm", "one"
+    ask(page, "first")
+    model.answer = "two"
+    page.click(".again")
+    answered(page)
+    page.click(".answer [aria-label='Previous version']")
+    ask(page, "next")
+    assert model.requests[-1]["messages"] == [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "next"},
+    ]
+
+
+def test_escape_leaves_an_edit_and_the_text_is_as_before(page):
+    ask(page, "first")
+    page.focus("#question")
+    page.keyboard.press("ArrowUp")
+    page.fill(".editor textarea", "other")
+    page.keyboard.press("Escape")
+    assert texts(page) == ["first"] and page.locator(".editor").count() == 0
+
+
+def test_settings_reach_the_request_and_wrong_ones_do_not(page, model):
+    page.click("#open-settings")
+    page.fill("#system", "Be brief.")
+    page.fill("#temperature", "0")
+    page.fill("#top_p", "0.5")
+    page.fill("#max_tokens", "64")
+    page.fill("#seed", "7")
+    page.select_option("#thinking", "off")
+    page.fill("#temperature", "5")
+    assert "0 to 2" in page.inner_text("#temperature-note")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#settings")
+    ask(page, "hello")
+    sent = model.requests[-1]
+    assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
+    wanted = {"temperature": 0, "top_p": 0.5, "max_tokens": 64, "seed": 7, "thinking": {"type": "disabled"}}
+    assert {key: sent[key] for key in wanted} == wanted
+
+
+def test_settings_stay_with_their_conversation_and_the_next_one_inherits_all_but_the_system_prompt(page, model):
+    page.click("#open-settings")
+    page.fill("#system", "Be brief.")
+    page.fill("#seed", "7")
+    ask(page, "hello")
+    page.click("#new-chat")
+    assert page.input_value("#system") == "" and page.input_value("#seed") == "7"
+    page.fill("#seed", "")
+    page.click("#conversations .title >> nth=-1")
+    assert page.input_value("#system") == "Be brief." and page.input_value("#seed") == "7"
+    page.reload()
+    page.click("#open-settings")
+    page.wait_for_function("document.querySelector('#system').value === 'Be brief.'")
+
+
+def test_conversations_are_listed_searched_renamed_deleted_and_brought_back(page):
+    ask(page, "alpha question")
+    page.click("#new-chat")
+    ask(page, "beta question")
+    assert texts(page, "#conversations .title") == ["beta question", "alpha question"]
+    page.fill("#search", "ALPHA")
+    assert texts(page, "#conversations .title") == ["alpha question"]
+    page.fill("#search", "")
+    page.click("#conversations li >> nth=0 >> [aria-label^=Rename]")
+    page.keyboard.type("Fish <b>")
+    page.keyboard.press("Enter")
+    assert texts(page, "#conversations .title")[0] == "Fish <b>"
+    page.click("#conversations li >> nth=0 >> [aria-label^=Delete]")
+    assert texts(page, "#conversations .title") == ["alpha question"]
+    page.click("#toast button")
+    assert texts(page) == ["beta question"]
+    page.reload()
+    page.wait_for_selector(".bubble")
+    assert texts(page, "#conversations .title") == ["Fish <b>", "alpha question"]
+
+
+def test_an_answer_goes_on_while_another_conversation_is_open(page, model):
+    model.answer, model.piece_s = "fish " * 20, 0.05
+    page.fill("#question", "slow")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:visible")
+    page.click("#new-chat")
+    assert page.is_visible("#send") and page.locator("#conversations .busy").count() == 1
+    page.wait_for_selector("#conversations .busy", state="detached")
+    page.click("#conversations .title >> text=slow")
+    assert page.inner_text(".content").count("fish") == 20
+
+
+def test_two_tabs_on_one_conversation_lose_nothing(browser, served, model):
+    with opened_page(browser, served[0]) as one:
+        ask(one, "from one")
+        two = one.context.new_page()
+        two.goto(served[0])
+        two.wait_for_selector(".bubble")
+        ask(two, "from two")
+        one.wait_for_function("document.querySelectorAll('.bubble').length === 2")
+        ask(one, "from one again")
+        two.wait_for_function("document.querySelectorAll('.bubble').length === 3")
+        two.reload()
+        two.wait_for_selector(".bubble")
+        assert texts(two) == ["from one", "from two", "from one again"]
+
+
+def test_typed_text_survives_reload_and_change_of_conversation(page):
+    page.fill("#question", "half a thou")
+    page.reload()
+    assert page.input_value("#question") == "half a thou"
+    ask(page, "sent")
+    page.fill("#question", "draft in the first")
+    page.click("#new-chat")
+    assert page.input_value("#question") == ""
+    page.click("#conversations .title >> text=sent")
+    assert page.input_value("#question") == "draft in the first"
+
+
+def test_an_edit_survives_a_reload(page):
+    ask(page, "first")
+    page.focus("#question")
+    page.keyboard.press("ArrowUp")
+    page.fill(".editor textarea", "much better text")
+    page.reload()
+    page.wait_for_selector(".bubble")
+    page.focus("#question")
+    page.keyboard.press("ArrowUp")
+    assert page.input_value(".editor textarea") == "much better text"
+
+
+def test_an_answer_cut_short_by_closing_the_page_is_kept_and_said_to_be_unfinished(page, model):
+    model.answer, model.piece_s = "fish " * 100, 0.03
+    page.fill("#question", "slow")
+    page.keyboard.press("Enter")
+    page.wait_for_function("(document.querySelector('.content')?.textContent ?? '').length > 20")
+    page.wait_for_timeout(1100)
+    page.reload()
+    page.wait_for_selector(".answer .facts")
+    assert "unfinished" in page.inner_text(".facts")
+    assert page.inner_text(".content").startswith("fish fish")
+
+
+def test_exports_hold_every_branch_as_json_and_what_is_in_sight_as_markdown(page, model):
+    model.thinking = "let me think"
+    ask(page, "first <b>")
+    page.click(".again")
+    answered(page)
+    page.click("#open-settings")
+    with page.expect_download() as waiting:
+        page.click("#export-json")
+    assert waiting.value.suggested_filename == "shoal-first-b.json"
+    tree = json.loads(waiting.value.path().read_text())
+    assert sorted(node["role"] for node in tree["nodes"].values()) == ["assistant", "assistant", "user"]
+    with page.expect_download() as waiting:
+        page.click("#export-markdown")
+    text = waiting.value.path().read_text()
+    assert (
+        text.startswith("# first <b>\n\n## You\n\nfirst <b>\n\n## scripted\n\n> **Thought for")
+        and "> let me think" in text
+    )
+    assert text.count("## scripted") == 1
+    with page.expect_download() as waiting:
+        page.click("#export-all")
+    assert len(json.loads(waiting.value.path().read_text())["conversations"]) == 1
+
+
+@pytest.mark.parametrize(
+    "status, message, shown",
+    [
+        (400, "the conversation is 900 tokens long", "900 tokens long."),
+        (402, "", "balance of this key is used up"),
+        (422, "temperature: too hot", "temperature: too hot."),
+        (429, "", "wait a moment"),
+        (503, "256 requests are waiting", "The server is busy; wait a moment, then try again. It said: 256 requests"),
+    ],
+)
+def test_a_refusal_is_said_in_words_and_trying_again_works(browser, served, model, status, message, shown):
+    model.refusal = (status, message)
+    with opened_page(browser, served[0], allowed=(str(status),)) as page:
+        ask(page, "hello")
+        assert shown in page.inner_text(".error")
+        model.refusal = None
+        page.click("text=Try again")
+        answered(page)
+        assert page.inner_text(".content") == "hello"
+        assert page.locator(".error:visible, .answer .branches:visible").count() == 0
+
+
+@pytest.mark.parametrize("ending, shown", [("error", "the engine fell over"), ("cut", "connection broke")])
+def test_an_answer_that_breaks_keeps_what_had_come(browser, served, model, ending, shown):
+    model.ending = ending
+    with opened_page(browser, served[0], allowed=("ERR_",)) as page:
+        ask(page, "a long question")
+        assert shown in page.inner_text(".error") and page.inner_text(".content") == "a long"
+
+
+def test_a_lost_server_is_noticed_and_so_is_its_return(browser, model):
+    port = free_port()
+    with listening(scripted_app(model, None), port) as url, opened_page(browser, url, allowed=("ERR_",)) as page:
+        page.wait_for_selector("#suggestions button")
+        page.route("**/*", lambda route: route.abort("connectionrefused"))
+        ask(page, "are you there?")
+        assert "cannot be reached" in page.inner_text(".error") and page.is_visible("#connection")
+        assert texts(page) == ["are you there?"]
+        page.unroute("**/*")
+        page.wait_for_selector("#connection", state="hidden")
+        page.click("text=Try again")
+        answered(page)
+        assert page.inner_text(".content") == "are you there?"
+
+
+def test_sending_while_an_answer_is_written_keeps_the_text(page, model):
+    model.answer, model.piece_s = "fish " * 40, 0.05
+    page.fill("#question", "slow")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#stop:visible")
+    page.fill("#question", "the next")
+    page.keyboard.press("Enter")
+    assert page.input_value("#question") == "the next" and texts(page) == ["slow"]
+    page.keyboard.press("Escape")
+    answered(page)
+
+
+def test_everything_can_be_reached_and_used_by_keyboard(page):
+    page.wait_for_selector("#suggestions button")
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.keyboard.type("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    assert page.input_value("#question") == "one\ntwo"
+    page.keyboard.press("Enter")
+    answered(page)
+    page.evaluate("document.activeElement.blur()")
+    seen = []
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        seen.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.title || document.activeElement.className"
+            )
+        )
+    order = ["skip", "new-chat", "search", "to-chat", "to-runs", "open-settings"]
+    assert [name for name in seen if name in order] == order
+    outline = page.evaluate("getComputedStyle(document.querySelector('#question')).outlineStyle")
+    page.keyboard.press("/")
+    assert outline in ("none", "solid") and page.evaluate("document.activeElement.id") == "question"
+
+
+def test_every_button_and_field_has_a_name(page):
+    ask(page, "hello")
+    page.click("#open-settings")
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, textarea, select, a")].filter((node) =>
+        !(node.ariaLabel || node.textContent.trim() || node.labels?.length)).map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground_in_both_schemes(browser, served, model, scheme):
+    """WCAG 2 AA wants 4.5 : 1."""
+    with opened_page(browser, served[0], color_scheme=scheme) as page:
+        ask(page, "hello")
+        ratios = page.evaluate(
+            """() => [[".content", "body"], [".facts", "body"], [".bubble", ".bubble"], [".title", ".current"]].map(([text, ground]) => {
+              const light = (selector, property) => {
+                const parts = getComputedStyle(document.querySelector(selector))[property].match(/[\\d.]+/g).slice(0, 3);
+                const [r, g, b] = parts.map((part) => part / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+              };
+              const [a, b] = [light(text, "color"), light(ground, "backgroundColor")];
+              return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+            })"""
+        )
+        assert min(ratios) > 4.5
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(browser, served, model):
+    model.answer = (
+        "| a | b |\n|---|---|\n| "
+        + "wide " * 40
+        + "| x |\n\n```\n"
+        + "long " * 60
+        + "\n```\n\n$$"
+        + "x+" * 60
+        + "x$$\n"
+        + "w" * 300
+    )
+    viewport = {"width": 360, "height": 740}
+    with opened_page(browser, served[0], viewport=viewport, is_mobile=True, has_touch=True) as page:
+        ask(page, "m" * 200)
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert page.evaluate("document.querySelector('#log').scrollWidth <= 360")
+        assert page.evaluate("document.querySelector('#sidebar').inert")
+        page.click("#open-sidebar")
+        page.click("#new-chat")
+        assert page.evaluate("document.querySelector('#sidebar').inert") and page.is_visible("#welcome")
+        page.click("#open-settings")
+        assert page.evaluate("document.querySelector('#settings').getBoundingClientRect().right <= 360")
+
+
+def test_the_view_follows_the_end_until_one_scrolls_away(page, model):
+    model.answer, model.piece_s = "line\n\n" * 200, 0.01
+    page.fill("#question", "long")
+    page.keyboard.press("Enter")
+    at_end = "(() => { const log = document.querySelector('#log'); return log.scrollHeight - log.scrollTop - log.clientHeight < 90; })()"
+    page.wait_for_function("document.querySelector('#log').scrollTop > 300")
+    assert page.evaluate(at_end)
+    page.evaluate("document.querySelector('#log').scrollTop = 0")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.querySelector('#log').scrollTop") == 0
+    page.click("#jump")
+    assert page.evaluate(at_end)
+    page.click("#stop")
+    answered(page)
+
+
+def test_without_storage_the_page_works_and_says_that_nothing_is_kept(browser, served, model):
+    with opened_page(browser, served[0]) as page:
+        page.add_init_script(
+            "Object.defineProperty(window, 'indexedDB', { value: { open() { throw new Error('no'); } } })"
+        )
+        page.reload()
+        page.wait_for_selector("#toast p")
+        assert "keeps no data" in page.inner_text("#toast")
+        ask(page, "hello")
+        assert page.inner_text(".content") == "hello"
+
+
+def test_damaged_records_in_the_browser_do_not_break_the_page(page, served):
+    ask(page, "whole")
+    page.evaluate(
+        """() => new Promise((resolve) => { const opening = indexedDB.open("shoal", 1); opening.onsuccess = () => {
+        const records = opening.result.transaction("conversations", "readwrite").objectStore("conversations");
+        for (const bad of [{ id: "x" }, { id: "y", title: 5, nodes: null, chosen: {}, settings: {} },
+          { id: "z", title: "", updated: 0, nodes: { a: { id: "a", role: "system", content: 3 } }, chosen: {}, settings: {} }]) records.put(bad);
+        records.transaction.oncomplete = () => { opening.result.close(); resolve(); }; }; })"""
+    )
+    page.reload()
+    page.wait_for_selector(".bubble")
+    assert texts(page, "#conversations .title") == ["whole"]
