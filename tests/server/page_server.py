@@ -30,12 +30,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
 ]
+PATIENCE_MS = 30_000
+"""How long a test waits for what must come; a slow machine may take its time."""
 USAGE = {
     "prompt_tokens": 70,
     "completion_tokens": 12,
@@ -56,11 +59,16 @@ class ScriptedModel:
     thinking: str = ""
     piece_s: float = 0.0
     """Waiting time before each piece of the stream."""
+    hold_after: int | None = None
+    """Send so many pieces and then wait for `release()`: what a test sees meanwhile cannot depend on anybody's speed."""
     ending: str = "whole"
     """Or "error" (an error event) or "cut" (the connection ends), both after the first piece."""
     refusal: tuple[int, str] | None = None
     usage: dict[str, Any] = field(default_factory=lambda: dict(USAGE))
     requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def release(self) -> None:
+        self.hold_after = None
 
     def pieces(self, body: dict[str, Any]) -> list[dict[str, str]]:
         text = body["messages"][-1]["content"] if self.answer is None else self.answer
@@ -70,6 +78,8 @@ class ScriptedModel:
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         yield b": keep-alive\n\n"
         for number, delta in enumerate(self.pieces(body)):
+            while number == self.hold_after:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(self.piece_s)
             if number == 1 and self.ending == "cut":
                 return
@@ -163,6 +173,7 @@ def chromium() -> Iterator[Any]:
         pytest.skip("no chromium on this machine; install Debian's package 'chromium' to run browser tests")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra 'dev')")
     with sync_api.sync_playwright() as playwright:
+        sync_api.expect.set_options(timeout=PATIENCE_MS)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
@@ -178,8 +189,8 @@ def opened_page(
         allowed: parts of console errors that the test provokes, such as a refused request.
     """
     context = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
-    page.set_default_timeout(10_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -194,12 +205,50 @@ def opened_page(
 
 
 def ask(page: Any, text: str) -> None:
-    """Type and send; returns when the answer has ended."""
+    """Type and send; returns when the answer has ended and is kept."""
     page.fill("#question", text)
-    page.keyboard.press("Enter")
+    page.press("#question", "Enter")
     answered(page)
 
 
 def answered(page: Any) -> None:
     page.wait_for_selector(".message.answer:last-child:not(.growing)")
     page.wait_for_selector("#send", state="visible")
+
+
+def expect(locator: Any) -> Any:
+    """Playwright's assertions, which wait; imported late, so that tests without a browser need no playwright."""
+    from playwright.sync_api import expect as expect_of
+
+    return expect_of(locator)
+
+
+def until(page: Any, script: str, wanted: Any = True) -> None:
+    """Asks the page again and again, until it answers what is wanted.
+
+    Playwright's own `wait_for_function` evaluates text inside the page, which the page's policy forbids.
+    """
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while (found := page.evaluate(script)) != wanted:
+        assert time.monotonic() < deadline, f"{script} still gives {found!r}, not {wanted!r}"
+        page.wait_for_timeout(20)
+
+
+def until_stored(page: Any, claim: str) -> None:
+    """Waits until the conversations in the browser's database are as claimed, for instance before a reload.
+
+    Args:
+        claim: JavaScript about `records`, a list of conversations.
+    """
+    until(
+        page,
+        """() => new Promise((resolve, reject) => {
+          const opening = indexedDB.open("shoal", 1);
+          opening.onerror = reject;
+          opening.onsuccess = () => {
+            const reading = opening.result.transaction("conversations").objectStore("conversations").getAll();
+            reading.onerror = reject;
+            reading.onsuccess = () => { opening.result.close(); const records = reading.result; resolve(CLAIM); };
+          };
+        })""".replace("CLAIM", claim),
+    )

@@ -44,11 +44,14 @@ export class Chat {
     whenBack.addEventListener("back", () => this.describe());
     addEventListener("pagehide", () => this.saveRunning());
     setInterval(() => this.tick(), SAVE_EVERY_MS);
+    const idBefore = recall(OPEN_KEY); // read first: opening any conversation remembers that one
     this.create({ focus: false });
+    const first = this.current;
     await this.store.open();
     if (this.store.database) dropDraftsExcept(new Set(this.store.conversations.keys()));
-    const before = this.store.conversations.get(recall(OPEN_KEY));
-    if (before) this.open(before);
+    const before = this.store.conversations.get(idBefore);
+    const isUntouched = this.current === first && !this.store.conversations.has(first.id);
+    if (before && isUntouched) this.open(before);
     else this.sidebar.show(this.current.id, this.busyConversations());
     await this.describe();
   }

@@ -81,11 +81,17 @@ export function mergedNodes(stored, mine, writing) {
   return { ...mine.nodes, ...stored.nodes, ...own };
 }
 
-// Whether something read back from the browser's storage is a conversation that this page can show.
+// Whether something read back from the browser's storage is a conversation that this page can show. A message lies under
+// its own id, so that no chain of parents can run in a circle.
 export function isConversation(value) {
-  if (typeof value?.id !== "string" || typeof value.title !== "string" || typeof value.settings !== "object") return false;
-  if (typeof value.nodes !== "object" || typeof value.chosen !== "object" || value.settings === null) return false;
-  return Object.values(value.nodes ?? {}).every(
-    (node) => typeof node?.id === "string" && typeof node.content === "string" && ["user", "assistant"].includes(node.role),
-  );
+  if (!isRecord(value) || typeof value.id !== "string" || typeof value.title !== "string") return false;
+  if (![value.settings, value.nodes, value.chosen].every(isRecord)) return false;
+  return Object.entries(value.nodes).every(([id, node]) => isRecord(node) && node.id === id && isMessage(node));
 }
+
+function isMessage({ role, content, reasoning = "", parent }) {
+  return ["user", "assistant"].includes(role) && typeof content === "string" && typeof reasoning === "string"
+    && (parent === null || typeof parent === "string");
+}
+
+const isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
