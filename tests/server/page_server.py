@@ -201,7 +201,8 @@ def opened_page(
     page.goto(url + path)
     yield page
     context.close()
-    assert [text for text in problems if not any(part in text for part in allowed)] == []
+    unexpected = [text for text in problems if not any(part in text for part in allowed)]
+    assert not unexpected, f"the page complained: {unexpected}"
 
 
 def ask(page: Any, text: str) -> None:
