@@ -10,6 +10,7 @@ written as `model_type` "shoal", which other programs refuse instead of computin
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shoal.config import ModelConfig, YarnConfig
@@ -142,8 +143,18 @@ def _rotation(values: Mapping[str, Any], family: str) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": YarnConfig(**fields)}
 
 
-def check_quantization(values: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block size of published FP8 weights, None for plain ones.
+@dataclass(frozen=True)
+class Quantization:
+    """What config.json says about the stored weights."""
+
+    block: tuple[int, int] | None = None
+    """Of FP8 weights, `weight_block_size`."""
+    group: int | None = None
+    """Columns that share a scale in packed four-bit weights."""
+
+
+def check_quantization(values: Mapping[str, Any]) -> Quantization | None:
+    """How the weights are quantised, None for plain ones.
 
     Raises:
         ConfigError: another kind of quantisation.
@@ -152,12 +163,36 @@ def check_quantization(values: Mapping[str, Any]) -> tuple[int, int] | None:
     if not quantization:
         return None
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if method == "compressed-tensors":
+        return Quantization(group=_packed_group(quantization))
     if method != "fp8" or not isinstance(block, list) or len(block) != 2 or min(block) < 1:
         raise ConfigError(
             f"quantization_config with quant_method={method!r} and weight_block_size={block!r} is not supported; supported: "
-            "'fp8' with blocks such as [128, 128]. Use the unquantised checkpoint."
+            "'fp8' with blocks such as [128, 128], and 'compressed-tensors' with integers. Use the unquantised checkpoint."
         )
-    return block[0], block[1]
+    return Quantization(block=(block[0], block[1]))
+
+
+def _packed_group(quantization: Mapping[str, Any]) -> int | None:
+    """The one group size of all four-bit weights; None when there are none."""
+    groups = set()
+    for scheme in _object(quantization, "config_groups").values():
+        weights = _object(scheme, "weights") if isinstance(scheme, Mapping) else {}
+        kind = (weights.get("num_bits"), weights.get("type"), weights.get("symmetric"), weights.get("strategy"))
+        if (
+            kind == (4, "int", True, "group")
+            and isinstance(weights.get("group_size"), int)
+            and not weights.get("actorder")
+        ):
+            groups.add(int(weights["group_size"]))
+        elif kind != (8, "int", True, "channel"):
+            raise ConfigError(
+                f"quantization_config of compressed-tensors with weights {dict(weights)} is not supported; supported: 4 bits "
+                "symmetric in groups without reordering, and 8 bits symmetric per channel. Use the unquantised checkpoint."
+            )
+    if len(groups) > 1:
+        raise ConfigError(f"quantization_config mixes group sizes {sorted(groups)}; one for all weights is supported.")
+    return groups.pop() if groups else None
 
 
 def published_family(config: ModelConfig) -> tuple[str, str | None]:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.checkpoint.atomic import check_sums, sums_of, whole_directory
-from shoal.checkpoint.hf_config import check_quantization, config_from_hf, config_to_hf, published_family
+from shoal.checkpoint.hf_config import config_from_hf, config_to_hf, published_family
 from shoal.checkpoint.hf_layout import Entry, layout, prediction_prefix, repeated_keys
+from shoal.checkpoint.quantised import check_layout
+from shoal.checkpoint.weight_files import COMPANIONS, INDEX, WeightFiles, config_values, json_object
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError
 from shoal.log import say
@@ -28,7 +29,6 @@ from shoal.log import say
 __all__ = ["config_from_hf", "config_to_hf", "load_config", "load_model", "load_state", "save_model", "stream_state"]
 
 CHECKSUMS = "checksums.json"
-INDEX = "model.safetensors.index.json"
 _SHOWN = 4
 """Keys named in a message; the rest are counted."""
 
@@ -46,7 +46,7 @@ def load_config(directory: Path) -> ModelConfig:
         CheckpointError: there is no readable config.json.
         ConfigError: it describes a model that cannot be built here.
     """
-    return config_from_hf(_config_values(directory))
+    return config_from_hf(config_values(directory))
 
 
 def load_model(
@@ -66,14 +66,21 @@ def load_model(
     """
     config = load_config(directory)
     if verify:
-        _verify(directory)
-    shards = _Shards(directory)
+        verify_sums(directory)
+    config = present_config(WeightFiles(directory), config)
+    return config, dict(stream_state(directory, config, dtype=dtype))
+
+
+def present_config(files: WeightFiles, config: ModelConfig) -> ModelConfig:
+    """The config without prediction layers when the files hold none of them; a line says so."""
     depth = config.num_nextn_predict_layers
     prefixes = tuple(prediction_prefix(config, k) for k in range(depth))
-    if depth and not any(key.startswith(prefixes) for key in shards.file_of):
-        say(f"{directory}: num_nextn_predict_layers={depth}, but the files hold no such layers; reading without them.")
-        config = config.replace(num_nextn_predict_layers=0)
-    return config, dict(stream_state(directory, config, dtype=dtype))
+    if not depth or any(key.startswith(prefixes) for key in files.stored_keys()):
+        return config
+    say(
+        f"{files.directory}: num_nextn_predict_layers={depth}, but the files hold no such layers; reading without them."
+    )
+    return config.replace(num_nextn_predict_layers=0)
 
 
 def load_state(directory: Path, config: ModelConfig, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -89,11 +96,11 @@ def stream_state(
     Raises:
         CheckpointError: as for `load_model`.
     """
-    shards = _Shards(directory)
+    files = WeightFiles(directory)
     entries = layout(config)
-    _check_keys(shards, entries, config)
+    check_model(files, config)
     for entry in entries:
-        yield entry.name, _assemble(shards, entry, torch.float32 if entry.is_float32 else dtype)
+        yield entry.name, read_entry(files, entry, torch.float32 if entry.is_float32 else dtype)
 
 
 def save_model(
@@ -205,141 +212,60 @@ def _is_ours(name: str) -> bool:
     return name in ("config.json", INDEX) or name.endswith(".safetensors")
 
 
-class _Shards:
-    """The safetensors files of a directory, opened once, and which file holds which key."""
+def check_model(files: WeightFiles, config: ModelConfig) -> None:
+    """Every tensor of the config is there with its shape, and nothing else.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.block = check_quantization(_config_values(directory))
-        self.files: dict[str, Any] = {}
-        self.file_of: dict[str, str] = {}
-        for name in _shard_names(directory):
-            path = directory / name
-            try:
-                self.files[name] = safe_open(path, framework="pt")
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{path} is missing; copy it again from where the model came from.") from error
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); copy it again.") from error
-            self.file_of |= dict.fromkeys(self.files[name].keys(), name)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.files[self.file_of[key]].get_slice(key).get_shape())
-
-    def tensor(self, key: str) -> Tensor:
-        """The stored tensor; FP8 blocks are multiplied out to bfloat16."""
-        tensor: Tensor = self.files[self.file_of[key]].get_tensor(key)
-        scale_key = f"{key}_scale_inv"
-        if scale_key in self.file_of:
-            if self.block is None:
-                raise CheckpointError(f"{scale_key} is there, but config.json has no quantization_config; restore it.")
-            scale: Tensor = self.files[self.file_of[scale_key]].get_tensor(scale_key)
-            return dequantise_blocks(tensor, scale, self.block, key).bfloat16()
-        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            raise CheckpointError(f"{key} is stored in FP8 without its {scale_key}; copy the model again.")
-        return tensor
-
-
-def dequantise_blocks(tensor_FD: Tensor, scale: Tensor, block: tuple[int, int], key: str = "weight") -> Tensor:
-    """Multiply each block of an FP8 matrix by its scale, float32. Despite its name, `scale_inv` is the multiplier.
-
-    Blocks at the right and lower edge may be cut off.
+    Raises:
+        CheckpointError: it is not; the message names tensors.
     """
-    rows, columns = tensor_FD.shape
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
-    if tuple(scale.shape) != wanted:
-        raise CheckpointError(f"{key}_scale_inv has shape {list(scale.shape)}; blocks {block} want {list(wanted)}.")
-    full = scale.float().repeat_interleave(block[0], dim=0)[:rows].repeat_interleave(block[1], dim=1)[:, :columns]
-    return tensor_FD.float() * full
-
-
-def _shard_names(directory: Path) -> list[str]:
-    if (directory / INDEX).is_file():
-        weight_map = _json_object(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{directory / INDEX} has no weight_map; copy it again.")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{directory / INDEX} names {name!r}, which is no safetensors file beside it.")
-        return names
-    if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    hint = ""
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-        hint = " Pickled weights (.bin, .pt) can run code and are not read; convert them to safetensors first."
-    raise CheckpointError(f"{directory} holds neither model.safetensors nor {INDEX}.{hint}")
-
-
-def _check_keys(shards: _Shards, entries: list[Entry], config: ModelConfig) -> None:
-    wanted = {part.key: part.shape for entry in entries for part in entry.parts}
-    missing = [key for key in wanted if key not in shards.file_of]
+    wanted = {part.key: part.shape for entry in layout(config) for part in entry.parts}
+    missing = [key for key in wanted if key not in files]
     repeats = {"lm_head.weight", *repeated_keys(config)}
-    extra = [key for key in sorted(shards.file_of.keys() - wanted.keys()) if not _may_ignore(key, wanted, repeats)]
+    extra = [key for key in files.stored_keys() if key not in wanted and not _may_ignore(key, wanted, repeats)]
     if missing or extra:
         raise CheckpointError(
-            f"{shards.directory} does not fit its config.json: missing {_some(missing)}, left over {_some(extra)}. "
+            f"{files.directory} does not fit its config.json: missing {_some(missing)}, left over {_some(extra)}. "
             "Check num_hidden_layers, n_routed_experts, first_k_dense_replace, num_nextn_predict_layers and "
             "tie_word_embeddings, or copy the model again."
         )
     for key, shape in wanted.items():
-        if shards.shape(key) != shape:
+        if files.shape(key) != shape:
             raise CheckpointError(
-                f"{key} in {shards.directory} has shape {list(shards.shape(key))}; its config.json wants {list(shape)}."
+                f"{key} in {files.directory} has shape {list(files.shape(key))}; its config.json wants {list(shape)}."
             )
 
 
 def _may_ignore(key: str, wanted: Mapping[str, Any], repeats: set[str]) -> bool:
-    """Copies of embedding and head, scales of FP8 weights, and the frequency tables of old files."""
-    scaled = key.removesuffix("_scale_inv")
-    is_scale = scaled != key and (scaled in wanted or scaled in repeats)
-    return is_scale or key in repeats or key.endswith("rotary_emb.inv_freq")
+    """Copies of embedding and head, what lies beside quantised weights, and the frequency tables of old files."""
+    bases = (key.removesuffix(suffix) for suffix in COMPANIONS if key.endswith(suffix))
+    is_companion = any(base in wanted or base in repeats for base in bases)
+    return is_companion or key in repeats or key.endswith("rotary_emb.inv_freq")
 
 
-def _assemble(shards: _Shards, entry: Entry, dtype: torch.dtype | None) -> Tensor:
-    try:
-        if len(entry.parts) == 1:
-            tensor = shards.tensor(entry.parts[0].key)
-            return tensor.to(dtype or tensor.dtype, copy=True)
-        first = shards.tensor(entry.parts[0].key)
-        whole = torch.empty(entry.shape, dtype=dtype or first.dtype)
-        for part in entry.parts:
-            whole[part.index] = shards.tensor(part.key)
-        return whole
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{entry.name} cannot be read from {shards.directory}: {error}; copy it again."
-        ) from error
+def read_entry(files: WeightFiles, entry: Entry, dtype: torch.dtype | None) -> Tensor:
+    """One parameter put together from its published tensors; `dtype` None keeps what is stored."""
+    first = files.tensor(entry.parts[0].key)
+    if len(entry.parts) == 1:
+        return first.to(dtype or first.dtype)
+    whole = torch.empty(entry.shape, dtype=dtype or first.dtype)
+    for part in entry.parts:
+        whole[part.index] = files.tensor(part.key)
+    return whole
 
 
-def _verify(directory: Path) -> None:
+def verify_sums(directory: Path) -> None:
+    """Compare every file with `checksums.json`, where there is one, and a quantised directory's layout version.
+
+    Raises:
+        CheckpointError: altered, damaged or of another layout; names what to do.
+    """
+    command = check_layout(directory)
     if (directory / CHECKSUMS).is_file():
         try:
-            check_sums(directory, _json_object(directory / CHECKSUMS))
+            check_sums(directory, json_object(directory / CHECKSUMS))
         except CheckpointError as error:
-            raise CheckpointError(f"{error} If you changed it on purpose, delete {CHECKSUMS}.") from error
-
-
-def _config_values(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        old = directory.with_name(directory.name + ".old")
-        hint = f" A save was interrupted: the model before it is in {old}." if old.is_dir() else ""
-        raise CheckpointError(
-            f"{directory} does not exist; name a model directory with config.json and safetensors.{hint}"
-        )
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} is no model directory: it has no config.json.")
-    return _json_object(directory / "config.json")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object.")
-    return values
+            again = f" Build it again: {command}" if command else f" If you changed it on purpose, delete {CHECKSUMS}."
+            raise CheckpointError(f"{error}{again}") from error
 
 
 def _some(keys: list[str]) -> str:

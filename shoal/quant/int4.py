@@ -50,6 +50,23 @@ def dequantise(code_FD: Tensor, scale_FG: Tensor, group: int) -> Tensor:
     return grouped.flatten(-2)[..., : code_FD.shape[-1]]
 
 
+def to_words(code_FD: Tensor) -> Tensor:
+    """Eight codes to a 32-bit word, the first in the lowest four bits, each shifted by 8 to be positive.
+
+    The layout of compressed-tensors ("pack-quantized"). A last short word is filled with zero bits.
+    """
+    padded = torch.nn.functional.pad(code_FD - LOW, (0, -code_FD.shape[-1] % 8))
+    nibble = padded.view(torch.uint8).unflatten(-1, (-1, 4, 2))
+    return (nibble[..., 0] | nibble[..., 1] << 4).contiguous().flatten(-2).view(torch.int32)
+
+
+def from_words(word_FX: Tensor, cols: int) -> Tensor:
+    """Codes, int8, of packed words; undoes `to_words`."""
+    byte = word_FX.contiguous().view(torch.uint8)
+    nibble = torch.stack([byte & 0x0F, byte >> 4], dim=-1).flatten(-2)
+    return (nibble.view(torch.int8) + LOW)[..., :cols]
+
+
 def _grouped(weight_FD: Tensor, group: int) -> Tensor:
     missing = -weight_FD.shape[-1] % group
     return torch.nn.functional.pad(weight_FD, (0, missing)).unflatten(-1, (-1, group))

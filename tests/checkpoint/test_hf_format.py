@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shoal.checkpoint.hf_format import dequantise_blocks, load_config, load_model, load_state, save_model, stream_state
+from shoal.checkpoint.hf_format import load_config, load_model, load_state, save_model, stream_state
 from shoal.checkpoint.hf_layout import layout, repeated_keys
+from shoal.checkpoint.weight_files import dequantise_blocks
 from shoal.config import ModelConfig
 from shoal.errors import CheckpointError, DiskFullError
 from shoal.model.transformer import Transformer, initialise
