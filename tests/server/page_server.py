@@ -57,6 +57,8 @@ class ScriptedModel:
     answer: str | None = None
     """None says the last user message back."""
     thinking: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    """Names and arguments of functions it wants called after its text."""
     piece_s: float = 0.0
     """Waiting time before each piece of the stream."""
     hold_after: int | None = None
@@ -70,10 +72,16 @@ class ScriptedModel:
     def release(self) -> None:
         self.hold_after = None
 
-    def pieces(self, body: dict[str, Any]) -> list[dict[str, str]]:
+    def pieces(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         text = body["messages"][-1]["content"] if self.answer is None else self.answer
         thought = [{"reasoning_content": part} for part in in_parts(self.thinking)]
-        return thought + [{"content": part} for part in in_parts(text)]
+        asked = []
+        for index, (name, arguments) in enumerate(self.calls):
+            named = {"id": f"call-{index}", "type": "function", "function": {"name": name, "arguments": ""}}
+            asked.append({"tool_calls": [{"index": index, **named}]})
+            for part in in_parts(arguments):
+                asked.append({"tool_calls": [{"index": index, "function": {"arguments": part}}]})
+        return thought + [{"content": part} for part in in_parts(text)] + asked
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         yield b": keep-alive\n\n"

@@ -179,6 +179,56 @@ def test_settings_reach_the_request_and_wrong_ones_do_not(page, model):
     assert {key: sent[key] for key in wanted} == wanted
 
 
+def test_further_sampling_settings_reach_the_request_only_when_set(page, model):
+    page.click("#open-settings")
+    page.click("text=More sampling")
+    page.fill("#top_k", "40")
+    page.fill("#repetition_penalty", "1.1")
+    page.fill("#presence_penalty", "-3")
+    assert "-2 to 2" in page.inner_text("#presence_penalty-note")
+    page.fill("#presence_penalty", "")
+    ask(page, "hello")
+    sent = model.requests[-1]
+    assert sent["top_k"] == 40 and sent["repetition_penalty"] == 1.1
+    assert not {"presence_penalty", "frequency_penalty", "min_p", "seed", "tools", "thinking"} & set(sent)
+
+
+def test_calls_of_tools_are_shown_and_what_came_of_them_goes_back(page, model):
+    weather = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    page.click("#open-settings")
+    page.click("summary >> text=Tools")
+    page.fill("#tools", "[{]")
+    assert "Not used" in page.inner_text("#tools-note")
+    page.fill("#tools", json.dumps([weather]))
+    assert page.inner_text("#marks") == "1 tool offered"
+    model.answer, model.calls = "", [("weather", '{"city": "<b>Oslo</b>"}'), ("weather", '{"city": "Bergen"')]
+    ask(page, "which is warmer?")
+    assert model.requests[-1]["tools"] == [{"type": "function", "function": weather}]
+    assert texts(page, ".call pre") == ['{\n  "city": "<b>Oslo</b>"\n}', '{"city": "Bergen"']
+    page.fill(".call textarea >> nth=0", "12 C")
+    page.click("text=Send results")
+    assert page.evaluate("() => document.activeElement === document.querySelectorAll('.call textarea')[1]")
+    page.fill(".call textarea >> nth=1", "9 C")
+    model.answer, model.calls = "Oslo", []
+    page.click("text=Send results")
+    answered(page)
+    calls = [
+        {"id": f"call-{index}", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        for index, arguments in enumerate(['{"city": "<b>Oslo</b>"}', '{"city": "Bergen"'])
+    ]
+    history = [
+        {"role": "user", "content": "which is warmer?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call-0", "content": "12 C"},
+        {"role": "tool", "tool_call_id": "call-1", "content": "9 C"},
+    ]
+    assert model.requests[-1]["messages"] == history
+    page.reload()
+    page.wait_for_selector(".answer")
+    assert texts(page, ".results pre") == ["12 C", "9 C"] and page.inner_text(".answer .content >> nth=-1") == "Oslo"
+    assert page.locator(".call textarea, .calls button:visible").count() == 0
+
+
 def test_settings_stay_with_their_conversation_and_the_next_one_inherits_all_but_the_system_prompt(page, model):
     page.click("#open-settings")
     page.fill("#system", "Be brief.")

@@ -61,8 +61,8 @@ export class Answer {
     if (chunk.usage) node.usage = chunk.usage;
     const choice = chunk.choices?.[0];
     if (choice?.finish_reason) node.finish_reason = choice.finish_reason;
-    const { reasoning_content: thought, content } = choice?.delta ?? {};
-    if (!thought && !content) return;
+    const { reasoning_content: thought, content, tool_calls: calls } = choice?.delta ?? {};
+    if (!thought && !content && !calls?.length) return;
     this.lastAt = performance.now();
     this.firstAt ??= this.lastAt;
     this.pieces += 1;
@@ -71,8 +71,20 @@ export class Answer {
       this.settleThinking();
       node.content += content;
     }
+    for (const call of calls ?? []) this.takeCall(call);
     this.measure();
     this.onGrowth();
+  }
+
+  // The name comes with a call's first piece, its arguments bit by bit.
+  takeCall({ index, id, function: piece }) {
+    this.settleThinking();
+    this.node.calls ??= [];
+    if (!Number.isInteger(index) || index < 0 || index > this.node.calls.length) return;
+    const call = (this.node.calls[index] ??= { id: "", name: "", arguments: "" });
+    if (id) call.id = String(id);
+    call.name += piece?.name ?? "";
+    call.arguments += piece?.arguments ?? "";
   }
 
   settleThinking() {

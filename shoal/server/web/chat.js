@@ -24,6 +24,7 @@ export class Chat {
     this.store = new ConversationStore();
     this.log = new MessageLog({
       edit: (node) => this.edit(node), regenerate: (node) => this.regenerate(node), choose: (node, by) => this.chooseBranch(node, by),
+      answerCalls: (node, results) => this.answerCalls(node, results),
     });
     this.composer = new Composer({ send: (text) => this.send(text), stop: () => this.stop(), editLast: () => this.editLast() });
     this.settings = new SettingsPanel({
@@ -148,6 +149,14 @@ export class Chat {
     else this.write(this.current.nodes[node.parent]);
   }
 
+  // `results` holds { id, name, content } for every call of the answer.
+  answerCalls(node, results) {
+    if (this.answering()) return;
+    const message = addMessage(this.current, node.id, "tool", results.map(({ content }) => content).join("\n"));
+    message.results = results;
+    this.write(message);
+  }
+
   edit(node) {
     if (this.answering()) return;
     if (this.editing) this.cancelEditing();
@@ -203,7 +212,7 @@ export class Chat {
 
   async grow(node) {
     const conversation = this.current;
-    for (const key of ["error", "usage", "finish_reason", "thought_s", "first_s", "tokens", "tokens_per_s"]) delete node[key];
+    for (const key of ["calls", "error", "usage", "finish_reason", "thought_s", "first_s", "tokens", "tokens_per_s"]) delete node[key];
     const redraw = afterFrame(() => {
       if (this.current === conversation && this.answers.has(node.id)) this.log.grow(conversation, node, this.answers.get(node.id));
     });

@@ -51,12 +51,26 @@ function childrenByParent(conversation) {
 // What the model is shown before it writes `answer`: everything above it, without thinking, as the chat format wants.
 export function requestMessages(conversation, answer) {
   const messages = [];
+  let after = answer;
   for (let node = conversation.nodes[answer.parent]; node; node = conversation.nodes[node.parent]) {
-    if (node.role === "assistant" && !node.content) continue; // it failed or was stopped before its first word
-    messages.unshift({ role: node.role, content: node.content });
+    messages.unshift(...asSent(node, after));
+    after = node;
   }
   const system = conversation.settings.system.trim();
   return system ? [{ role: "system", content: system }, ...messages] : messages;
+}
+
+function asSent(node, after) {
+  const { role, content } = node;
+  if (role === "tool") return node.results.map((result) => ({ role, tool_call_id: result.id, content: result.content }));
+  // Calls without results are no part of the history: the format wants a result for each.
+  if (role === "assistant" && after.role === "tool") return [{ role, content, tool_calls: node.calls.map(callAsSent) }];
+  if (role === "assistant" && !content) return []; // it failed or was stopped before its first word
+  return [{ role, content }];
+}
+
+function callAsSent({ id, name, arguments: text }) {
+  return { id, type: "function", function: { name, arguments: text } };
 }
 
 export function titleOf(conversation) {
@@ -89,9 +103,10 @@ export function isConversation(value) {
   return Object.entries(value.nodes).every(([id, node]) => isRecord(node) && node.id === id && isMessage(node));
 }
 
-function isMessage({ role, content, reasoning = "", parent }) {
-  return ["user", "assistant"].includes(role) && typeof content === "string" && typeof reasoning === "string"
-    && (parent === null || typeof parent === "string");
+function isMessage({ role, content, parent, reasoning = "", calls = [], results = [] }) {
+  const texts = (list, ...keys) => Array.isArray(list) && list.every((one) => keys.every((key) => typeof one?.[key] === "string"));
+  return ["user", "assistant", "tool"].includes(role) && [content, reasoning, parent ?? ""].every((text) => typeof text === "string")
+    && texts(calls, "id", "name", "arguments") && texts(results, "id", "name", "content");
 }
 
 const isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

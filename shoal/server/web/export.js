@@ -20,12 +20,18 @@ export function asMarkdown(conversation) {
   const { system } = conversation.settings;
   if (system.trim()) parts.push("## System prompt", system);
   for (const node of visiblePath(conversation)) {
-    parts.push(node.role === "user" ? "## You" : `## ${node.model || "Answer"}`);
+    parts.push(headOf(node));
     if (node.reasoning) parts.push(quoted(node));
-    parts.push(node.content || "*(nothing)*");
+    if (node.content || !node.calls) parts.push(node.content || "*(nothing)*");
+    for (const { name, arguments: text } of node.calls ?? []) parts.push(`Calls \`${name}\`:`, "```json\n" + text + "\n```");
     if (node.role === "assistant") parts.push(`*${factsOf(node).join(" · ")}*`);
   }
   return `${parts.filter((part) => part !== "**").join("\n\n")}\n`;
+}
+
+function headOf({ role, model }) {
+  if (role === "tool") return "## Results of the calls";
+  return role === "user" ? "## You" : `## ${model || "Answer"}`;
 }
 
 function quoted(node) {

@@ -3,6 +3,7 @@
 import { byId, element } from "./dom.js";
 import { siblings, visiblePath } from "./conversation.js";
 import { AnswerView, QuestionView } from "./message_view.js";
+import { ResultsView } from "./tool_calls_view.js";
 
 const NEAR_END_PX = 80;
 
@@ -22,11 +23,11 @@ export class MessageLog {
     const path = visiblePath(conversation);
     const isBusy = path.some((node) => answers.has(node.id));
     const kept = new Map();
-    for (const node of path) {
+    for (const [index, node] of path.entries()) {
       const view = this.views.get(node.id) ?? this.newView(node);
       view.node = node; // another tab may have brought a newer one
       kept.set(node.id, view);
-      view.update({ among: siblings(conversation, node), isBusy, answer: answers.get(node.id) });
+      view.update({ among: siblings(conversation, node), isBusy, isLast: index === path.length - 1, answer: answers.get(node.id) });
     }
     this.views = kept;
     const roots = [...kept.values()].map((view) => view.root);
@@ -39,6 +40,7 @@ export class MessageLog {
   }
 
   newView(node) {
+    if (node.role === "tool") return new ResultsView(node);
     return node.role === "user" ? new QuestionView(node, this.actions) : new AnswerView(node, this.actions);
   }
 
@@ -47,7 +49,7 @@ export class MessageLog {
     const view = this.views.get(node.id);
     if (!view) return;
     const follows = this.isAtEnd();
-    view.update({ among: siblings(conversation, node), isBusy: true, answer });
+    view.update({ among: siblings(conversation, node), isBusy: true, isLast: true, answer });
     if (follows) this.toEnd();
     this.showJump();
   }

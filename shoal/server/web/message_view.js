@@ -5,8 +5,9 @@ import { element, setText } from "./dom.js";
 import { duration, factsOf } from "./facts.js";
 import { icon } from "./icons.js";
 import { showMarkdown } from "./markdown_view.js";
+import { CallsView } from "./tool_calls_view.js";
 
-// `actions` has edit(node), regenerate(node), choose(node, step).
+// `actions` has edit(node), regenerate(node), choose(node, step), answerCalls(node, results).
 export class QuestionView {
   constructor(node, actions) {
     this.node = node;
@@ -57,6 +58,7 @@ export class AnswerView {
     this.thinking = element("details", { class: "thinking", hidden: true }, this.summary, this.reasoning);
     this.thinking.addEventListener("toggle", () => this.showReasoning());
     this.content = element("div", { class: "content" });
+    this.calls = new CallsView((results) => actions.answerCalls(this.node, results));
     this.error = element("p", { class: "error", role: "alert", hidden: true });
     this.facts = element("p", { class: "facts quiet" });
     this.copy = copyButton(() => this.node.content, "Copy answer");
@@ -65,19 +67,21 @@ export class AnswerView {
     this.tools = element("div", { class: "tools" }, this.branches.root, this.again, this.copy);
     this.root = element(
       "article", { class: "message answer", "aria-label": "Answer", "data-node": node.id },
-      this.thinking, this.content, this.error, element("div", { class: "below" }, this.facts, this.tools),
+      this.thinking, this.content, this.calls.root, this.error, element("div", { class: "below" }, this.facts, this.tools),
     );
   }
 
   // `answer` is the running Answer of this message, if there is one.
-  update({ among, isBusy, answer }) {
+  update({ among, isBusy, isLast, answer }) {
     const { node } = this;
     const isRunning = Boolean(answer);
+    const hasBegun = node.content || node.reasoning || node.calls;
     this.thinking.hidden = !node.reasoning;
     setText(this.summary, this.thinkingSummary(answer));
     this.showReasoning();
     showMarkdown(this.content, node.content);
-    this.root.classList.toggle("waiting", isRunning && !node.content && !node.reasoning);
+    this.calls.update(node.calls ?? [], { isOpen: isLast && !isRunning });
+    this.root.classList.toggle("waiting", isRunning && !hasBegun);
     this.root.classList.toggle("growing", isRunning);
     this.showError(isRunning);
     const facts = factsOf(node);

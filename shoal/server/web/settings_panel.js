@@ -1,7 +1,7 @@
 // The panel beside the chat: system prompt, sampling, thinking, and what to take along.
 import { byId } from "./dom.js";
 import { exportAll, exportJson, exportMarkdown } from "./export.js";
-import { isAllowed, RANGES, rememberSettings, STANDARD } from "./settings.js";
+import { isAllowed, isWhole, RANGES, readTools, rememberSettings, STANDARD } from "./settings.js";
 
 const NUMBERS = Object.keys(RANGES);
 
@@ -13,7 +13,7 @@ export class SettingsPanel {
     byId("open-settings").addEventListener("click", () => this.toggle());
     byId("close-settings").addEventListener("click", () => this.close());
     for (const name of NUMBERS) byId(name).addEventListener("input", () => this.takeNumber(name));
-    byId("system").addEventListener("input", () => this.take("system", byId("system").value));
+    for (const name of ["system", "tools"]) byId(name).addEventListener("input", () => this.take(name, byId(name).value));
     byId("thinking").addEventListener("change", () => this.take("thinking", byId("thinking").value));
     byId("reset-settings").addEventListener("click", () => this.reset());
     byId("export-json").addEventListener("click", () => exportJson(this.conversation));
@@ -24,13 +24,13 @@ export class SettingsPanel {
   show(conversation) {
     this.conversation = conversation;
     const { settings } = conversation;
-    byId("system").value = settings.system;
+    for (const name of ["system", "tools"]) byId(name).value = settings[name];
     byId("thinking").value = settings.thinking;
     for (const name of NUMBERS) {
       byId(name).value = settings[name] ?? "";
       this.check(name, settings[name]);
     }
-    this.showSystemMark();
+    this.showMarks();
   }
 
   get isOpen() {
@@ -65,29 +65,38 @@ export class SettingsPanel {
   check(name, value) {
     const isFine = value === null || isAllowed(name, value);
     const [low, high] = RANGES[name];
-    const note = byId(`${name}-note`);
-    byId(name).setAttribute("aria-invalid", String(!isFine));
-    note.hidden = isFine;
-    note.textContent = isFine ? "" : `Not used: allowed is ${low} to ${high}${high > 2 ? ", whole" : ""}.`;
+    this.note(name, isFine ? "" : `Not used: allowed is ${low} to ${high}${isWhole(name) ? ", whole" : ""}.`);
     return isFine;
+  }
+
+  note(name, text) {
+    byId(name).setAttribute("aria-invalid", String(text !== ""));
+    byId(`${name}-note`).hidden = !text;
+    byId(`${name}-note`).textContent = text;
   }
 
   take(name, value) {
     this.conversation.settings[name] = value;
     rememberSettings(this.conversation.settings);
     this.handlers.changed(this.conversation);
-    this.showSystemMark();
+    this.showMarks();
   }
 
   reset() {
-    const { system } = this.conversation.settings;
-    Object.assign(this.conversation.settings, STANDARD, { system });
+    const { system, tools } = this.conversation.settings;
+    Object.assign(this.conversation.settings, STANDARD, { system, tools });
     rememberSettings(this.conversation.settings);
     this.handlers.changed(this.conversation);
     this.show(this.conversation);
   }
 
-  showSystemMark() {
-    byId("system-mark").hidden = !this.conversation.settings.system.trim();
+  showMarks() {
+    const { system, tools } = this.conversation.settings;
+    const { tools: offered, wrong } = readTools(tools);
+    this.note("tools", wrong && `Not used: ${wrong}.`);
+    const marks = [system.trim() ? "system prompt on" : "", offered.length ? `${offered.length} ${offered.length > 1 ? "tools" : "tool"} offered` : ""];
+    const text = marks.filter(Boolean).join(" · ");
+    byId("marks").hidden = !text;
+    byId("marks").textContent = text;
   }
 }
