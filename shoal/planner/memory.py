@@ -18,25 +18,14 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from shoal.config import ModelConfig
-from shoal.errors import ConfigError, did_you_mean
+from shoal.errors import ConfigError
 from shoal.planner.activations import Recipe, Recompute, layer_activations
+from shoal.planner.checks import check_count, check_word
 from shoal.planner.counts import attention_parameters, expert_parameters
 from shoal.planner.hardware import Device
 
 Shard = Literal["none", "optimizer", "all"]
 Schedule = Literal["1f1b", "dualpipe"]
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse what is no whole number from 1."""
-    if type(value) is not int or not 1 <= value <= 2**50:
-        raise ConfigError(f"{name}={value!r} must be a whole number, at least 1.")
-
-
-def check_word(name: str, value: str, words: tuple[str, ...]) -> None:
-    """Refuse what is none of `words`."""
-    if value not in words:
-        raise ConfigError(f"{name}={value!r} is unknown{did_you_mean(str(value), words)}; use {', '.join(words)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,16 +33,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError, did_you_mean
+from shoal.planner.checks import check_count
 from shoal.planner.cost import Assumption
 
 _FIT = "fit (not a price list) to the five totals of ISCA 2025 table 3, within 1%"
 _IN_LINK = "contained in the link prices of the fit"
-
-
-def _check_count(name: str, value: int, *, low: int, high: int | None = None) -> None:
-    if type(value) is not int or value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name}={value!r} must be a whole number, {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +107,8 @@ class Cabling:
     """False where a short copper cable joins endpoint and switch."""
 
     def __post_init__(self) -> None:
-        _check_count("fibres_per_link", self.fibres_per_link, low=1)
-        _check_count("links_per_trunk", self.links_per_trunk, low=1)
+        check_count("fibres_per_link", self.fibres_per_link, low=1)
+        check_count("links_per_trunk", self.links_per_trunk, low=1)
 
 
 OPTICAL_400G = Cabling()
@@ -178,9 +173,9 @@ def multi_plane_fat_tree(
 ) -> Topology:
     """`planes` two-layer fat trees side by side with no link between them; `num_leaves` counts one plane's."""
     _check_radix(radix)
-    _check_count("planes", planes, low=1)
+    check_count("planes", planes, low=1)
     leaves = radix if num_leaves is None else num_leaves
-    _check_count("num_leaves", leaves, low=2, high=radix)
+    check_count("num_leaves", leaves, low=2, high=radix)
     return _priced(
         name="two-layer fat tree" if planes == 1 else f"multi-plane fat tree ({planes} planes)",
         endpoints=planes * leaves * radix // 2,
@@ -202,7 +197,7 @@ def three_layer_fat_tree(
     """
     _check_radix(radix)
     pods = radix if num_pods is None else num_pods
-    _check_count("num_pods", pods, low=2, high=radix)
+    check_count("num_pods", pods, low=2, high=radix)
     endpoints_per_pod = (radix // 2) ** 2
     return _priced(
         name="three-layer fat tree",
@@ -230,7 +225,7 @@ def slim_fly(
         endpoints_per_switch: None takes half the ports between switches, rounded up, for full bandwidth.
         must_exist: False counts by formula also where q is no prime power and the graph cannot be constructed.
     """
-    _check_count("q", q, low=3)
+    check_count("q", q, low=3)
     if q % 4 == 2 or (must_exist and not _is_prime_power(q)):
         near = [other for other in range(max(3, q - 6), q + 7) if other % 4 != 2 and _is_prime_power(other)]
         raise ConfigError(
@@ -239,7 +234,7 @@ def slim_fly(
         )
     degree = _slim_fly_degree(q)
     hosts = (degree + 1) // 2 if endpoints_per_switch is None else endpoints_per_switch
-    _check_count("endpoints_per_switch", hosts, low=1)
+    check_count("endpoints_per_switch", hosts, low=1)
     return _priced(
         name="Slim Fly",
         endpoints=2 * q * q * hosts,
@@ -264,11 +259,11 @@ def dragonfly(
 
     Every global port is counted as linked, also where there are fewer groups than ports and some pairs get a second link.
     """
-    _check_count("switches_per_group", switches_per_group, low=2)
-    _check_count("global_links_per_switch", global_links_per_switch, low=1)
-    _check_count("endpoints_per_switch", endpoints_per_switch, low=1)
+    check_count("switches_per_group", switches_per_group, low=2)
+    check_count("global_links_per_switch", global_links_per_switch, low=1)
+    check_count("endpoints_per_switch", endpoints_per_switch, low=1)
     global_ports = switches_per_group * global_links_per_switch
-    _check_count("num_groups", num_groups, low=2, high=global_ports + 1)
+    check_count("num_groups", num_groups, low=2, high=global_ports + 1)
     if num_groups * global_ports % 2:
         raise ConfigError(
             f"{num_groups} groups of {global_ports} global ports leave one port without a partner; make the number of "
@@ -318,9 +313,9 @@ def compare_topologies(
 
     Fat trees grow by leaves or pods and dragonflies by groups; a Slim Fly exists only in certain sizes.
     """
-    _check_count("endpoints", endpoints, low=2)
+    check_count("endpoints", endpoints, low=2)
     _check_radix(radix)
-    _check_count("planes", planes, low=2)
+    check_count("planes", planes, low=2)
     fit, too_small = [], []
     for name in names:
         if name not in _FAMILIES:
@@ -369,10 +364,10 @@ def all_to_all_time_us(
         dispatch_bytes: per number on the way out; 1 is FP8.
         combine_bytes: per number on the way back; 2 is bf16.
     """
-    _check_count("num_tokens", num_tokens, low=1)
-    _check_count("hidden_size", hidden_size, low=1)
-    _check_count("num_experts_per_tok", num_experts_per_tok, low=1)
-    _check_count("n_shared_experts", n_shared_experts, low=0)
+    check_count("num_tokens", num_tokens, low=1)
+    check_count("hidden_size", hidden_size, low=1)
+    check_count("num_experts_per_tok", num_experts_per_tok, low=1)
+    check_count("n_shared_experts", n_shared_experts, low=0)
     for name, value in (
         ("link_gb_per_s", link_gb_per_s),
         ("dispatch_bytes", dispatch_bytes),
@@ -393,8 +388,8 @@ def decode_limit(all_to_all_us: float, *, num_layers: int, num_micro_batches: in
     """
     if not 0 < all_to_all_us < math.inf:
         raise ConfigError(f"all_to_all_us={all_to_all_us} must be a positive number of microseconds.")
-    _check_count("num_layers", num_layers, low=1)
-    _check_count("num_micro_batches", num_micro_batches, low=1)
+    check_count("num_layers", num_layers, low=1)
+    check_count("num_micro_batches", num_micro_batches, low=1)
     return DecodeLimit(all_to_all_us=all_to_all_us, tpot_ms=num_micro_batches * num_layers * all_to_all_us / 1000)
 
 
@@ -491,7 +486,7 @@ def _is_prime_power(number: int) -> bool:
 
 
 def _check_radix(radix: int) -> None:
-    _check_count("radix", radix, low=4)
+    check_count("radix", radix, low=4)
     if radix % 2:
         raise ConfigError(
             f"radix={radix} is odd, but a fat tree takes half of a switch's ports up; use {radix - 1} or {radix + 1}."

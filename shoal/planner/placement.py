@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shoal.errors import ConfigError, did_you_mean
+from shoal.planner.checks import check_count
 
 Policy = Literal["hierarchical", "global"]
 POLICIES: tuple[Policy, ...] = ("hierarchical", "global")
@@ -131,8 +132,8 @@ def synthetic_loads(num_layers: int, num_experts: int, skew: float, seed: int) -
     Returns:
         Shares of a layer's tokens, each layer summing to 1.
     """
-    _check_count("num_layers", num_layers)
-    _check_count("num_experts", num_experts)
+    check_count("num_layers", num_layers)
+    check_count("num_experts", num_experts)
     if not 0 <= skew <= 10:
         raise ConfigError(f"skew={skew} must be from 0 (even) to 10.")
     generator = random.Random(seed)
@@ -217,7 +218,7 @@ def _check_sizes(
         ("num_nodes", num_nodes),
         ("num_gpus", num_gpus),
     ):
-        _check_count(name, value)
+        check_count(name, value)
     if num_replicas < num_experts:
         raise ConfigError(
             f"num_replicas={num_replicas} leaves some of the {num_experts} experts without a slot; use {num_experts} or more."
@@ -238,8 +239,3 @@ def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> No
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
         use = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(f"{name}={value} is not divisible by {divisor_name}={divisor}; use {use}.")
-
-
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number, at least 1.")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from shoal.config import ModelConfig
 from shoal.planner.cost import training_cost
 from shoal.planner.hardware import Cluster, device
+from shoal.planner.published_figure import PublishedFigure
 from shoal.planner.rivals import RIVALS
 from shoal.planner.training import implied_utilisation
 from shoal.presets import v2, v3
@@ -54,40 +55,6 @@ class PublishedRun:
     def tokens(self) -> float | None:
         """Over all phases."""
         return sum(tokens for tokens, _ in self.phases) or None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A published figure beside ours."""
-
-    name: str
-    unit: str
-    published: float | None
-    """None where nothing was."""
-    ours: float | None
-    formula: str
-    source: str
-    tolerance_fraction: float = 0.0
-    """How far the two may lie apart by the rounding of what was published."""
-    not_recomputable: str = ""
-    """Why one of the two is missing; empty where both are there."""
-
-    @property
-    def error_fraction(self) -> float | None:
-        """Ours over published, less one; None where one is missing."""
-        return None if self.published is None or self.ours is None else self.ours / self.published - 1
-
-    @property
-    def verdict(self) -> str:
-        """`equal`, `within 0.3 %`, `differs by +5 %`, `not recomputable` or `nothing published`."""
-        error = self.error_fraction
-        if error is None:
-            return "nothing published" if self.published is None else "not recomputable"
-        if abs(error) < 1e-9:
-            return "equal"
-        if abs(error) <= self.tolerance_fraction:
-            return f"within {100 * self.tolerance_fraction:.2g} %"
-        return f"differs by {100 * error:+.2g} %"
 
 
 PUBLISHED_RUNS: dict[str, PublishedRun] = {
@@ -175,14 +142,14 @@ PUBLISHED_RUNS: dict[str, PublishedRun] = {
 """By name. Two of the hours are per trillion tokens or a product of published numbers; their sources say so."""
 
 
-def published_figures() -> tuple[Figure, ...]:
+def published_figures() -> tuple[PublishedFigure, ...]:
     """Every figure of these runs that follows from others, beside ours; those that do not say why."""
     return (*_v2_figures(), *_v3_figures(), *_v3_bills(), *_r1_figures(), *_llama_figures(), *_electricity())
 
 
-def _v2_figures() -> tuple[Figure, ...]:
+def _v2_figures() -> tuple[PublishedFigure, ...]:
     return (
-        Figure(
+        PublishedFigure(
             name="training hours of V2 against DeepSeek-67B, saved",
             unit="%",
             published=42.5,
@@ -196,12 +163,12 @@ def _v2_figures() -> tuple[Figure, ...]:
     )
 
 
-def _v3_figures() -> tuple[Figure, ...]:
+def _v3_figures() -> tuple[PublishedFigure, ...]:
     tokens_per_day = _V3_STEP_SEQUENCES * 4096 / _V3_STEP_S * 86400
     hours = _V3_TOKENS / tokens_per_day * 24 * _V3_GPUS
     insight = "ISCA 2025 table 4"
     return (
-        Figure(
+        PublishedFigure(
             name="V3 tokens per day",
             unit="tokens",
             published=272.80e9,
@@ -212,7 +179,7 @@ def _v3_figures() -> tuple[Figure, ...]:
         ),
         _mfu(tokens_per_day, causal=True, published=38.94),
         _mfu(tokens_per_day, causal=False, published=43.73),
-        Figure(
+        PublishedFigure(
             name="V3 pretraining hours, from hours per trillion tokens",
             unit="H800 h",
             published=2664e3,
@@ -220,7 +187,7 @@ def _v3_figures() -> tuple[Figure, ...]:
             formula="180K hours * 14.8 trillion tokens",
             source="DeepSeek-V3 §1, table 1",
         ),
-        Figure(
+        PublishedFigure(
             name="V3 pretraining hours, from tokens per day",
             unit="H800 h",
             published=2664e3,
@@ -229,7 +196,7 @@ def _v3_figures() -> tuple[Figure, ...]:
             source=f"DeepSeek-V3 table 1; {insight}",
             tolerance_fraction=1e-3,
         ),
-        Figure(
+        PublishedFigure(
             name="V3 days per trillion tokens",
             unit="days",
             published=3.7,
@@ -243,12 +210,12 @@ def _v3_figures() -> tuple[Figure, ...]:
     )
 
 
-def _v3_bills() -> tuple[Figure, ...]:
+def _v3_bills() -> tuple[PublishedFigure, ...]:
     stages = [run for run in PUBLISHED_RUNS.values() if run.name.startswith("deepseek-v3")]
     hours = sum(run.device_hours for run in stages)
     return (
         *(_bill(run) for run in stages),
-        Figure(
+        PublishedFigure(
             name="V3 hours in all",
             unit="H800 h",
             published=2788e3,
@@ -256,7 +223,7 @@ def _v3_bills() -> tuple[Figure, ...]:
             formula="2664K + 119K + 5K",
             source="DeepSeek-V3 table 1",
         ),
-        Figure(
+        PublishedFigure(
             name="V3 cost in all, official run only",
             unit="USD",
             published=5.576e6,
@@ -268,12 +235,12 @@ def _v3_bills() -> tuple[Figure, ...]:
     )
 
 
-def _r1_figures() -> tuple[Figure, ...]:
+def _r1_figures() -> tuple[PublishedFigure, ...]:
     runs = [PUBLISHED_RUNS[name] for name in ("r1-zero rl", "r1 sft data", "r1 rl")]
     table = "DeepSeek-R1 v2 table 7"
     zero, rl = 512 * 198, 512 * 80
     return (
-        Figure(
+        PublishedFigure(
             name="R1-Zero hours",
             unit="H800 h",
             published=101e3,
@@ -282,7 +249,7 @@ def _r1_figures() -> tuple[Figure, ...]:
             source=table,
             tolerance_fraction=0.5 / 101,
         ),
-        Figure(
+        PublishedFigure(
             name="R1 RL hours",
             unit="H800 h",
             published=41e3,
@@ -291,7 +258,7 @@ def _r1_figures() -> tuple[Figure, ...]:
             source=table,
             tolerance_fraction=0.5 / 41,
         ),
-        Figure(
+        PublishedFigure(
             name="R1 hours in all",
             unit="H800 h",
             published=147e3,
@@ -301,7 +268,7 @@ def _r1_figures() -> tuple[Figure, ...]:
             tolerance_fraction=0.003,
         ),
         *(_bill(run) for run in runs),
-        Figure(
+        PublishedFigure(
             name="R1 cost in all",
             unit="USD",
             published=294e3,
@@ -313,12 +280,12 @@ def _r1_figures() -> tuple[Figure, ...]:
     )
 
 
-def _llama_figures() -> tuple[Figure, ...]:
+def _llama_figures() -> tuple[PublishedFigure, ...]:
     run = PUBLISHED_RUNS["llama-3.1-405b"]
     assert run.utilisation is not None
     flops = run.utilisation * run.device_hours * 3600 * device(run.device).peak_flops("bf16")
     return (
-        Figure(
+        PublishedFigure(
             name="LLaMA-3.1-405B FLOPs in all",
             unit="FLOP",
             published=3.8e25,
@@ -328,7 +295,7 @@ def _llama_figures() -> tuple[Figure, ...]:
             tolerance_fraction=0.05,
         ),
         _implied("llama-3.1-405b", None),
-        Figure(
+        PublishedFigure(
             name="LLaMA-3.1-405B hours over V3's, in all",
             unit="times",
             published=None,
@@ -340,14 +307,14 @@ def _llama_figures() -> tuple[Figure, ...]:
     )
 
 
-def _electricity() -> tuple[Figure, ...]:
+def _electricity() -> tuple[PublishedFigure, ...]:
     h800, hours = device("h800"), 2788e3
     assert h800.chip_power_w is not None
     assumptions = Cluster(device=h800).cost_assumptions()
     building = training_cost(hours * 3600, assumptions)
     why = "no official figure exists; hours times watts, and published estimates from 350 W to 1,275 W differ in what they count"
     return (
-        Figure(
+        PublishedFigure(
             name="V3 electricity, boards alone",
             unit="kWh",
             published=None,
@@ -356,7 +323,7 @@ def _electricity() -> tuple[Figure, ...]:
             source=h800.source,
             not_recomputable=why,
         ),
-        Figure(
+        PublishedFigure(
             name="V3 electricity, machines and building",
             unit="kWh",
             published=None,
@@ -368,11 +335,11 @@ def _electricity() -> tuple[Figure, ...]:
     )
 
 
-def _mfu(tokens_per_day: float, *, causal: bool, published: float) -> Figure:
+def _mfu(tokens_per_day: float, *, causal: bool, published: float) -> PublishedFigure:
     ours = 100 * implied_utilisation(
         v3(), device("h800"), device_hours=24 * _V3_GPUS, phases=((tokens_per_day, 4096),), causal=causal
     )
-    return Figure(
+    return PublishedFigure(
         name=f"V3 utilisation, {'causal' if causal else 'not causal'}",
         unit="% of the bf16 peak",
         published=published,
@@ -383,10 +350,10 @@ def _mfu(tokens_per_day: float, *, causal: bool, published: float) -> Figure:
     )
 
 
-def _implied(name: str, published: float | None, tolerance_fraction: float = 0.0) -> Figure:
+def _implied(name: str, published: float | None, tolerance_fraction: float = 0.0) -> PublishedFigure:
     run = PUBLISHED_RUNS[name]
     assert run.utilisation is not None
-    return Figure(
+    return PublishedFigure(
         name=f"{name}, utilisation implied by its hours",
         unit="% of the bf16 peak",
         published=published,
@@ -400,8 +367,8 @@ def _implied(name: str, published: float | None, tolerance_fraction: float = 0.0
     )
 
 
-def _bill(run: PublishedRun) -> Figure:
-    return Figure(
+def _bill(run: PublishedRun) -> PublishedFigure:
+    return PublishedFigure(
         name=f"{run.name}, cost",
         unit="USD",
         published=run.usd,
@@ -411,9 +378,9 @@ def _bill(run: PublishedRun) -> Figure:
     )
 
 
-def _unexplained(name: str) -> Figure:
+def _unexplained(name: str) -> PublishedFigure:
     run = PUBLISHED_RUNS[name]
-    return Figure(
+    return PublishedFigure(
         name=f"{name}, hours from the work done",
         unit="H800 h",
         published=run.device_hours,

@@ -19,6 +19,7 @@ from typing import Literal
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError, did_you_mean
 from shoal.planner.counts import parameter_counts, training_flops_per_token
+from shoal.planner.published_figure import NotRecomputed
 from shoal.presets import PRESETS, v3
 
 NumberFormat = Literal["bf16", "fp8", "fp4"]
@@ -181,16 +182,6 @@ class Fp8Checkpoint:
     def total_bytes(self) -> int:
         """The four together."""
         return self.fp8_bytes + self.scale_bytes + self.bf16_bytes + self.fp32_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class NotRecomputed:
-    """A published figure that its published inputs do not give."""
-
-    figure: str
-    published: str
-    ours: str
-    why: str
 
 
 def kv_bytes_over_context(rivals: Iterable[str | Rival], context_tokens: Sequence[int]) -> tuple[KvCurve, ...]:

@@ -16,8 +16,9 @@ from typing import Literal, get_args
 
 from shoal.config import ModelConfig
 from shoal.planner.activations import FP8_SCALE_BYTES, layer_activations, recipe
+from shoal.planner.checks import check_count, check_word
 from shoal.planner.hardware import Device
-from shoal.planner.memory import check_count, check_word, fits, largest, layer_parameters
+from shoal.planner.memory import fits, largest, layer_parameters
 
 WeightFormat = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 CacheFormat = Literal["fp32", "bf16", "fp8"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from shoal.planner.cost import training_cost
 from shoal.planner.counts import training_flops_per_token
 from shoal.planner.plan.figure import Figure
+from shoal.planner.plan.fitting import Trained
 from shoal.planner.plan.question import Question
 from shoal.planner.plan.settings import SETTINGS
 from shoal.planner.plan.sizes import training_operations
@@ -15,11 +16,14 @@ _TABLE_1 = (
 )
 
 
-def training_figures(question: Question) -> Iterator[Figure]:
+def training_figures(question: Question, found: Trained | None) -> Iterator[Figure]:
     """None where no number of tokens was given."""
     if "tokens" not in question.settings.numbers:
         return
-    yield from _run_figures(question)
+    count = question.cluster.count
+    if not question.is_hardware_given and found is not None:
+        count = found.plan.split.num_devices
+    yield from _run_figures(question, count)
     yield from _electricity_figures(question)
     yield from _dense_figures(question)
 
@@ -31,8 +35,8 @@ def device_hours(question: Question, flops_per_token: float) -> float:
     return settings.value("tokens") * flops_per_token / peak / 3600
 
 
-def _run_figures(question: Question) -> Iterator[Figure]:
-    settings, count = question.settings, question.cluster.count
+def _run_figures(question: Question, count: int) -> Iterator[Figure]:
+    settings = question.settings
     operations = training_operations(question.model, settings.whole("sequence_tokens"))
     assert isinstance(operations.value, float | int)
     hours = device_hours(question, operations.value)

@@ -13,10 +13,10 @@ from shoal.config import ModelConfig
 from shoal.errors import ConfigError, did_you_mean
 from shoal.planner.activations import RECIPES
 from shoal.planner.cost import Assumption, CostAssumptions
+from shoal.planner.deployment import WEIGHT_FORMATS
 from shoal.planner.hardware import Cluster
 from shoal.planner.plan.units import check_plausible, parse_quantity
 from shoal.planner.prices import PRICES
-from shoal.planner.serving import WEIGHT_FORMATS
 from shoal.planner.training import V3_UTILISATION
 
 YOURS = "set by you"
@@ -154,7 +154,8 @@ SETTINGS: dict[str, Setting] = {
                 doubt=(0.3, 0.8)),
         _number("input_per_output", "prompt tokens for each written token", "ratio", 0.001, 1e4, 608 / 168,
                 f"608 to 168 billion tokens, {_DAY_6}", doubt=(1, 10)),
-        _number("output_tokens_per_day", "written tokens to serve in a day", "tokens", 1, 1e16, 168e9, _DAY_6),
+        _number("output_tokens_per_day", "written tokens to serve in a day", "tokens", 1, 1e16, None,
+                f"{_DAY_6}; a million where there is no accelerator"),
         _number("micro_batch_tokens", "tokens of one micro-batch in the expert-parallel limit", "tokens", 1, 2**20, 32,
                 "ISCA 2025 §2.3.2", is_whole=True),
     )
@@ -301,6 +302,10 @@ def _defaults(
     yield "kg_co2_per_kwh", (region.kg_co2_per_kwh, region.source)
     yield "sequence_tokens", (min(4096, positions), SETTINGS["sequence_tokens"].source)
     yield "context_tokens", (min(4989, positions), SETTINGS["context_tokens"].source)
+    yield (
+        "output_tokens_per_day",
+        (168e9 if device.link_bytes_per_s else 1e6, SETTINGS["output_tokens_per_day"].source),
+    )
     yield "prompt_tokens", (min(4989, positions), SETTINGS["prompt_tokens"].source)
 
 
