@@ -75,7 +75,7 @@ class LayerActivations:
 
     def by_part(self) -> dict[str, int]:
         """The disjoint parts."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return dict(vars(self))
 
 
 RECIPES: dict[str, Recipe] = {

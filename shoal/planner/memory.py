@@ -13,9 +13,9 @@ Not counted, and left to `fits`' reserve: the driver's context, gradient and com
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError
@@ -100,7 +100,7 @@ class TrainingMemory:
 
     def by_part(self) -> dict[str, int]:
         """The disjoint parts."""
-        return _parts(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ def _held(config: ModelConfig, split: Split, layers: list[range], stages: tuple[
     parts = [
         (layer_parameters(config, layer, split.expert), count)
         for stage in layers
-        for layer, count in _alike(config, stage)
+        for layer, count in alike_layers(config, stage)
     ]
     is_first, is_last = 0 in stages, split.pipeline - 1 in stages
     # MTP modules on the last stage read the embedding too; where it is the head's table it is there already.
@@ -291,7 +291,7 @@ def _gathered(config: ModelConfig, plan: TrainingPlan, layers: list[range], tabl
     """Whole weights beside the shards: tables for the step, the layer at work and the one fetched ahead."""
     recipe, split = plan.recipe, plan.split
     sizes = []
-    for layer, count in (group for stage in layers for group in _alike(config, stage)):
+    for layer, count in (group for stage in layers for group in alike_layers(config, stage)):
         part = layer_parameters(config, layer, split.expert)
         if split.data == split.expert:  # every expert has one home, so there is nothing to put together
             part = replace(part, experts=0)
@@ -305,7 +305,7 @@ def _activations(config: ModelConfig, plan: TrainingPlan, layers: list[range], s
     kept_halves, recomputed = 0, 0
     for stage, held in zip(stages, layers, strict=True):
         in_flight_halves = pipeline + 1 if plan.split.schedule == "dualpipe" else 2 * (pipeline - stage)
-        for layer, count in _alike(config, held):
+        for layer, count in alike_layers(config, held):
             kept = layer_activations(config, layer, plan.recipe, plan.recompute).total_bytes
             whole = layer_activations(config, layer, plan.recipe, "none").total_bytes
             kept_halves += in_flight_halves * kept * count
@@ -333,7 +333,7 @@ def _stage_layers(config: ModelConfig, split: Split, stage: int) -> range:
     return range(stage * layers // split.pipeline, stop)
 
 
-def _alike(config: ModelConfig, layers: range) -> list[tuple[int, int]]:
+def alike_layers(config: ModelConfig, layers: range) -> list[tuple[int, int]]:
     """The layers in at most four groups of equal ones, each as its first layer and a count: plans must answer at once."""
     cuts = {layers.start, layers.stop, config.first_k_dense_replace, config.num_hidden_layers}
     inside = sorted(cut for cut in cuts if layers.start <= cut <= layers.stop)
@@ -374,7 +374,3 @@ def _check_split(config: ModelConfig, split: Split) -> None:
             f"expert={split.expert} devices for n_routed_experts={config.n_routed_experts}; a device holds at least one "
             "expert, and a dense model has nothing to deal: use expert=1."
         )
-
-
-def _parts(memory: Any) -> dict[str, int]:
-    return {one.name: getattr(memory, one.name) for one in fields(memory)}

@@ -11,14 +11,14 @@ fp8 is FlashMLA's: 512 codes, 4 float32 scales and 64 rotary numbers in bf16 are
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from shoal.config import ModelConfig
 from shoal.planner.activations import FP8_SCALE_BYTES, layer_activations, recipe
 from shoal.planner.checks import check_count, check_word
 from shoal.planner.hardware import Device
-from shoal.planner.memory import fits, largest, layer_parameters
+from shoal.planner.memory import alike_layers, fits, largest, layer_parameters
 
 WeightFormat = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 CacheFormat = Literal["fp32", "bf16", "fp8"]
@@ -81,7 +81,7 @@ class ServingMemory:
 
     def by_part(self) -> dict[str, int]:
         """The disjoint parts."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return dict(vars(self))
 
 
 def serving_memory(config: ModelConfig, plan: ServingPlan) -> ServingMemory:
@@ -143,10 +143,10 @@ def _weight_bytes(config: ModelConfig, plan: ServingPlan, shares: int) -> int:
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if plan.with_mtp else 0)
     matrices, others = 0, config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     others += config.hidden_size
-    for layer in range(layers):
+    for layer, count in alike_layers(config, range(layers)):
         held = layer_parameters(config, layer, expert_devices)
-        matrices += held.experts + held.matrices
-        others += held.others
+        matrices += count * (held.experts + held.matrices)
+        others += count * held.others
     return math.ceil((matrices * WEIGHT_BYTES[plan.weights] + others * WEIGHT_BYTES[plan.other_weights]) / shares)
 
 

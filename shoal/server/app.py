@@ -25,6 +25,7 @@ from shoal.server.generation import ServedModel
 from shoal.server.guard import Guard, TooLargeError
 from shoal.server.ledger import BalanceError
 from shoal.server.metrics import CONTENT_TYPE, Metrics
+from shoal.server.plan_pages import plan_router
 from shoal.server.schemas import ChatRequest, TextRequest, TokenizeRequest
 from shoal.server.streaming import stream_response, whole_response
 
@@ -73,6 +74,7 @@ def build_app(served: ServedModel, options: ServerOptions | None = None) -> Fast
     _add_pages(app, served)
     _add_state(app, served, options, metrics)
     _add_completions(app, served)
+    app.include_router(plan_router())
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     return app
 

@@ -8,10 +8,9 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from fastapi.responses import Response
 
-from shoal.errors import ConfigError
 from shoal.planner.hardware import DEVICES, parse_fit
 from shoal.planner.plan.charts import charts
 from shoal.planner.plan.compare import MOST_PLANS, compare
@@ -25,10 +24,25 @@ from shoal.presets import PRESETS
 
 MAX_SETTINGS = 40
 
-ModelName = Annotated[str, Query(max_length=64)]
-Hardware = Annotated[str, Query(max_length=64)]
-Quantity = Annotated[str, Query(max_length=32)]
-SettingTexts = Annotated[list[str], Query(alias="set", max_length=MAX_SETTINGS)]
+Name = Annotated[str, Query(max_length=64)]
+
+
+def plan_of(
+    model: Name = "v3",
+    hardware: Name = "",
+    tokens: Name = "",
+    settings: Annotated[list[str] | None, Query(alias="set", max_length=MAX_SETTINGS)] = None,
+) -> Plan:
+    """The plan that a query asks for: `?model=v3&hardware=8x+h800&tokens=14.8T&set=pue=1.2&set=region=china`.
+
+    Raises:
+        ConfigError: a model, hardware or assumption that is not known or cannot be.
+    """
+    given = parse_settings([*(settings or []), *([f"tokens={tokens}"] if tokens else [])])
+    return make_plan(ask(rival(model), parse_fit(hardware) if hardware else None, given))
+
+
+AskedPlan = Annotated[Plan, Depends(plan_of)]
 
 
 def plan_router() -> APIRouter:
@@ -40,36 +54,27 @@ def plan_router() -> APIRouter:
         return _answer(_options())
 
     @router.get("")
-    def plan(model: ModelName = "v3", hardware: Hardware = "", tokens: Quantity = "", settings: SettingTexts = []) -> Response:  # noqa: B006
-        return _answer(describe_plan(plan_of(model, hardware, tokens, settings)))
+    def plan(asked: AskedPlan) -> Response:
+        return _answer(describe_plan(asked))
 
     @router.get("/charts")
-    def plan_charts(model: ModelName = "v3", hardware: Hardware = "", tokens: Quantity = "", settings: SettingTexts = []) -> Response:  # noqa: B006
-        return _answer(charts(plan_of(model, hardware, tokens, settings)))
+    def plan_charts(asked: AskedPlan) -> Response:
+        return _answer(charts(asked))
 
     @router.get("/sensitivity")
-    def plan_sensitivity(
-        model: ModelName = "v3", hardware: Hardware = "", tokens: Quantity = "", settings: SettingTexts = [], figure: ModelName = ""  # noqa: B006
-    ) -> Response:
-        return _answer(asdict(sensitivity(plan_of(model, hardware, tokens, settings), figure or None)))
+    def plan_sensitivity(asked: AskedPlan, figure: Name = "") -> Response:
+        return _answer(asdict(sensitivity(asked, figure or None)))
 
     @router.get("/compare")
     def plan_compare(
-        model: Annotated[list[str], Query(max_length=MOST_PLANS)], hardware: Hardware = "", tokens: Quantity = "", settings: SettingTexts = []  # noqa: B006
+        model: Annotated[list[str], Query(max_length=MOST_PLANS)],
+        hardware: Name = "",
+        tokens: Name = "",
+        settings: Annotated[list[str] | None, Query(alias="set", max_length=MAX_SETTINGS)] = None,
     ) -> Response:
         return _answer(asdict(compare([plan_of(name, hardware, tokens, settings) for name in model])))
 
     return router
-
-
-def plan_of(model: str, hardware: str, tokens: str, settings: list[str]) -> Plan:
-    """The plan that a query asks for.
-
-    Raises:
-        ConfigError: a model, hardware or assumption that is not known or cannot be.
-    """
-    given = parse_settings([*settings, *([f"tokens={tokens}"] if tokens else [])])
-    return make_plan(ask(rival(model[:64]), parse_fit(hardware) if hardware else None, given))
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -118,6 +123,3 @@ def _options() -> dict[str, Any]:
 
 def _answer(payload: dict[str, Any]) -> Response:
     return Response(json.dumps(payload, allow_nan=False), media_type="application/json")
-
-
-__all__ = ["ConfigError", "describe_plan", "plan_of", "plan_router"]
