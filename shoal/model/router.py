@@ -6,6 +6,7 @@ renormalised and scaled. V2 (§2.1): softmax affinities, greedy or limited to th
 renormalised. Everything here is float32, as published.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,9 @@ class Routing:
     score_LME: list[Tensor] = field(default_factory=list)
     expert_LMK: list[Tensor] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    replay: Mapping[int, Tensor] = field(default_factory=dict)
+    """Experts to use instead of choosing, `[M, K]` by layer (router replay, arXiv 2510.11370; V3.2 §3.1 "keep routing");
+    a row that begins with a negative number chooses for itself. Gates are always computed from the scores of now."""
 
     def record(self, layer: int, score_ME: Tensor, expert_MK: Tensor) -> None:
         """Called by each MoE layer in order."""
@@ -59,6 +63,10 @@ class Router(nn.Module):
         score_ME = affinities(x_MD, self.weight, self.config)
         bias_E = self.e_score_correction_bias if self.config.topk_method == "noaux_tc" else None
         weight_MK, expert_MK = choose_experts(score_ME, bias_E, self.config)
+        if routing is not None and self.layer in routing.replay:
+            replayed_MK = routing.replay[self.layer]
+            expert_MK = torch.where(replayed_MK[:, :1] < 0, expert_MK, replayed_MK.to(expert_MK.dtype))
+            weight_MK = weigh_experts(score_ME, expert_MK, self.config)
         if routing is not None:
             routing.record(self.layer, score_ME, expert_MK)
         return weight_MK, expert_MK
@@ -84,10 +92,15 @@ def choose_experts(score_ME: Tensor, bias_E: Tensor | None, config: ModelConfig)
     if config.n_group > 1 and config.topk_method != "greedy":
         steered_ME = hide_far_groups(steered_ME, config)
     expert_MK = steered_ME.topk(config.num_experts_per_tok, dim=-1).indices
+    return weigh_experts(score_ME, expert_MK, config), expert_MK
+
+
+def weigh_experts(score_ME: Tensor, expert_MK: Tensor, config: ModelConfig) -> Tensor:
+    """Weights `[M, K]` of chosen experts, with gradient: their affinities, renormalised where the config says so."""
     weight_MK = score_ME.gather(-1, expert_MK)
     if config.norm_topk_prob:
         weight_MK = weight_MK / (weight_MK.sum(dim=-1, keepdim=True) + 1e-20)
-    return weight_MK * config.routed_scaling_factor, expert_MK
+    return weight_MK * config.routed_scaling_factor
 
 
 def hide_far_groups(steered_ME: Tensor, config: ModelConfig) -> Tensor:

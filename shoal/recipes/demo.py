@@ -24,8 +24,9 @@ from shoal.recipes.problem_corpus import CorpusConfig, Document, write_corpus
 from shoal.recipes.run import Run, only_run, write_json
 from shoal.report import write_report
 from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
-from shoal.rl.grpo import GrpoConfig, train_grpo
-from shoal.rl.rewards import Reward, random_reward
+from shoal.rl.grpo import train_grpo
+from shoal.rl.grpo_config import GrpoConfig
+from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, random_reward
 from shoal.rl.rollout import Prompter
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import problems
@@ -136,12 +137,13 @@ class _Demo:
         self._stage("data", "write the corpus, train the tokenizer", self._make_tokenizer)
         self._make_base("base", self.config.corpus)
         for seed in self.config.rl_seeds:
-            self._reinforce(f"rl-{seed}", seed, "base", None)
+            self._reinforce(f"rl-{seed}", seed, "base", R1_ZERO_REWARDS)
         if controls:
             seed = self.config.rl_seeds[0]
-            self._reinforce("rl-random-reward", seed, "base", random_reward(seed))
+            coin = WeightedReward(function=random_reward(seed), name="coin")
+            self._reinforce("rl-random-reward", seed, "base", (coin, *R1_ZERO_REWARDS[1:]))
             self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
-            self._reinforce("rl-no-worked", seed, "base-no-worked", None)
+            self._reinforce("rl-no-worked", seed, "base-no-worked", R1_ZERO_REWARDS)
         with self.run_log.stage("report", "write the report"):
             self._write_evaluation()
             self._export_chat_model()
@@ -166,11 +168,11 @@ class _Demo:
             f"evaluate{suffix}", "measure the base on held-out problems", lambda facts: self._evaluate(facts, base)
         )
 
-    def _reinforce(self, name: str, seed: int, base: str, reward: Reward | None) -> None:
+    def _reinforce(self, name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
         self._stage(
             name,
             "R1-Zero: reward alone, no worked solution shown",
-            lambda facts: self._rl(facts, name, seed, base, reward),
+            lambda facts: self._rl(facts, name, seed, base, rewards),
         )
 
     def _make_tokenizer(self, facts: dict[str, Any]) -> None:
@@ -234,11 +236,11 @@ class _Demo:
         if not may_lengthen(skill):
             say("  the gate fails: showing work does not pay on this base, so reward will not lengthen answers")
 
-    def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, reward: Reward | None) -> None:
+    def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
         model = self._load(base)
         config = replace(self.config.rl, seed=seed)
         asked = problems(self.task, "rl", self.config.rl_problems, self.config.corpus.difficulty, seed=0)
-        train_grpo(model, config, asked, self._prompter(), self.dir, stage=name, reward=reward)
+        train_grpo(model, config, asked, self._prompter(), self.dir, stage=name, rewards=rewards)
         skill = self._measure(model)
         write_json(self.dir / f"skill-{name}.json", skill.to_dict())
         save_model(self.dir / name, model.config, model.state_dict(), dtype=torch.float32)

@@ -19,38 +19,45 @@ from shoal.errors import TaskError
 
 
 def group_advantages(
-    reward_M: Tensor, group_size: int, *, scale: Literal["std", "none"] = "std", eps: float = 1e-4
+    reward_M: Tensor,
+    group_size: int,
+    *,
+    scale: Literal["std", "none"] = "std",
+    eps: float = 1e-4,
+    counted_M: Tensor | None = None,
 ) -> Tensor:
     """`(reward - group mean) / (group standard deviation + eps)`, or without the division.
 
     Args:
         reward_M: one reward per answer; the answers to one question stand next to each other.
         scale: "std" (GRPO; Bessel-corrected, as the open frameworks do) or "none" (Dr. GRPO).
+        counted_M: false where nobody could judge: such answers get zero and are no part of their group's mean and spread.
     Returns:
         float32 or float64 `[M]`; exactly zero in groups whose rewards are all equal.
     Raises:
-        TaskError: the groups do not come out even, or a reward is not finite.
+        TaskError: the groups do not come out even, or a reward that counts is not finite.
     """
-    reward_PO = _grouped(reward_M, group_size)
-    centred_PO = reward_PO - reward_PO.mean(dim=1, keepdim=True)
+    reward_PO, counted_PO, number_P1 = _counted(reward_M, group_size, counted_M)
+    mean_P1 = reward_PO.sum(dim=1, keepdim=True) / number_P1.clamp_min(1)
+    centred_PO = torch.where(counted_PO, reward_PO - mean_P1, 0.0)
     if scale == "std":
-        if group_size > 1:
-            centred_PO = centred_PO / (reward_PO.std(dim=1, keepdim=True) + eps)
+        variance_P1 = centred_PO.square().sum(dim=1, keepdim=True) / (number_P1 - 1).clamp_min(1)
+        centred_PO = centred_PO / (variance_P1.sqrt() + eps) if group_size > 1 else centred_PO
     elif scale != "none":
         raise TaskError(f"advantage scale {scale!r} is unknown; use 'std' or 'none'.")
-    return _silence_equal_groups(centred_PO, reward_PO).flatten()
+    return _silence_equal_groups(centred_PO, reward_PO, counted_PO).flatten()
 
 
-def rloo_advantages(reward_M: Tensor, group_size: int) -> Tensor:
+def rloo_advantages(reward_M: Tensor, group_size: int, *, counted_M: Tensor | None = None) -> Tensor:
     """Reward minus the mean of the group's other rewards (leave-one-out); arguments as in `group_advantages`."""
-    reward_PO = _grouped(reward_M, group_size)
+    reward_PO, counted_PO, number_P1 = _counted(reward_M, group_size, counted_M)
     if group_size < 2:
         raise TaskError(f"group_size={group_size} has no other answers to compare with; leave-one-out needs 2 or more.")
-    others_PO = (reward_PO.sum(dim=1, keepdim=True) - reward_PO) / (group_size - 1)
-    return _silence_equal_groups(reward_PO - others_PO, reward_PO).flatten()
+    others_PO = (reward_PO.sum(dim=1, keepdim=True) - reward_PO) / (number_P1 - 1).clamp_min(1)
+    return _silence_equal_groups(reward_PO - others_PO, reward_PO, counted_PO).flatten()
 
 
-def informative_groups(score_M: Tensor, group_size: int) -> Tensor:
+def informative_groups(score_M: Tensor, group_size: int, *, counted_M: Tensor | None = None) -> Tensor:
     """Which groups teach something: bool `[groups]`, true where the answers' scores differ.
 
     Dynamic sampling keeps these and samples on until the batch is full (DAPO eq. 11, `0 < right answers < group size`).
@@ -60,7 +67,8 @@ def informative_groups(score_M: Tensor, group_size: int) -> Tensor:
     Raises:
         TaskError: the groups do not come out even, or a score is not finite.
     """
-    return _differs(_grouped(score_M, group_size))
+    reward_PO, counted_PO, _ = _counted(score_M, group_size, counted_M)
+    return _differs(reward_PO, counted_PO)
 
 
 def informative_fraction(reward_M: Tensor, group_size: int) -> float:
@@ -106,10 +114,25 @@ def _grouped(reward_M: Tensor, group_size: int) -> Tensor:
     return reward_M.view(-1, group_size)
 
 
-def _differs(reward_PO: Tensor) -> Tensor:
-    return reward_PO.amax(dim=1) > reward_PO.amin(dim=1)
+def _counted(reward_M: Tensor, group_size: int, counted_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards by group with zeros where nothing counts, what counts, and how much of each group that is."""
+    if counted_M is None:
+        counted_M = torch.ones(reward_M.shape, dtype=torch.bool, device=reward_M.device)
+    if counted_M.shape != reward_M.shape:
+        raise TaskError(f"counted_M of shape {list(counted_M.shape)} must say of each reward whether it counts.")
+    reward_PO = _grouped(torch.where(counted_M.bool(), reward_M, torch.zeros_like(reward_M)), group_size)
+    counted_PO = counted_M.bool().view(-1, group_size)
+    return reward_PO, counted_PO, counted_PO.sum(dim=1, keepdim=True)
 
 
-def _silence_equal_groups(advantage_PO: Tensor, reward_PO: Tensor) -> Tensor:
+def _differs(reward_PO: Tensor, counted_PO: Tensor | None = None) -> Tensor:
+    if counted_PO is None:
+        return reward_PO.amax(dim=1) > reward_PO.amin(dim=1)
+    highest_P = reward_PO.masked_fill(~counted_PO, -torch.inf).amax(dim=1)
+    return highest_P > reward_PO.masked_fill(~counted_PO, torch.inf).amin(dim=1)
+
+
+def _silence_equal_groups(advantage_PO: Tensor, reward_PO: Tensor, counted_PO: Tensor) -> Tensor:
     # A mean of equal floats may miss them by an ulp; divided by eps that would pass for a signal.
-    return torch.where(_differs(reward_PO).unsqueeze(1), advantage_PO, torch.zeros_like(advantage_PO))
+    speaks_PO = _differs(reward_PO, counted_PO).unsqueeze(1) & counted_PO
+    return torch.where(speaks_PO, advantage_PO, torch.zeros_like(advantage_PO))

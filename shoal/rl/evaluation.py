@@ -14,12 +14,12 @@ import torch
 
 from shoal.engine.engine import Engine
 from shoal.model.transformer import Transformer
-from shoal.rl.grpo import shows_work
+from shoal.rl.grading import FamilyVerifier, Verifier, grade_answers
+from shoal.rl.packed_rollouts import pack_rollouts
 from shoal.rl.pass_at_k import estimate_pass_at_k
-from shoal.rl.rewards import accuracy_reward
 from shoal.rl.rollout import Prompter, Rollouts, sample_rollouts
+from shoal.rl.step_metrics import shows_work
 from shoal.rl.tasks.task import Problem
-from shoal.rl.update import pack_rollouts
 from shoal.training.loss import LossWeights, batch_loss, mtp_acceptance
 
 SAMPLES_PER_PASS = 1024
@@ -43,6 +43,8 @@ class SkillReport:
     """Share of the MTP module's drafts that the model itself ranks first, along its own answers; None without MTP."""
     problems: int
     samples_per_problem: int
+    verifier_failures: dict[str, int]
+    """Answers that could not be judged count as wrong here, and are counted by kind."""
     examples: list[str]
     """The first sample of the first problems."""
 
@@ -61,6 +63,7 @@ def measure_skill(
     temperature: float = 1.0,
     seed: int = 1234,
     num_examples: int = 8,
+    verifier: Verifier | None = None,
 ) -> SkillReport:
     """Sample every problem and score by rule. Same seed and weights, same report."""
     texts: list[str] = []
@@ -84,9 +87,8 @@ def measure_skill(
         lengths += [len(completion.token_ids) for completion in rollouts.completions]
         truncated += sum(completion.finish_reason == "length" for completion in rollouts.completions)
     every = [problem for problem in problems for _ in range(samples_per_problem)]
-    right = [
-        value == 1.0 for value in accuracy_reward([p.prompt for p in every], texts, [[] for _ in every], problem=every)
-    ]
+    graded = grade_answers(verifier or FamilyVerifier(), every, texts)
+    right = graded.right
     worked = [shows_work(text) for text in texts]
     counts = [sum(right[i : i + samples_per_problem]) for i in range(0, len(right), samples_per_problem)]
     ks = [2**power for power in range(samples_per_problem.bit_length()) if 2**power <= samples_per_problem]
@@ -102,6 +104,7 @@ def measure_skill(
         mtp_acceptance=draft_acceptance(engine.model, first_rollouts) if first_rollouts else None,
         problems=len(problems),
         samples_per_problem=samples_per_problem,
+        verifier_failures=dict(graded.failures),
         examples=texts[::samples_per_problem][:num_examples],
     )
 

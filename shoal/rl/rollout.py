@@ -59,6 +59,8 @@ def sample_rollouts(
     group_size: int,
     max_tokens: int,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
     seed: int = 0,
 ) -> Rollouts:
     """`group_size` answers to each problem. The same seed and weights give the same tokens."""
@@ -67,6 +69,8 @@ def sample_rollouts(
         SamplingParams,
         max_tokens=max_tokens,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
         num_samples=group_size,
         stop_token_ids=(prompter.tokenizer.eos_token_id,),
     )

@@ -1,7 +1,7 @@
 """The learning half of a reinforcement-learning step: rollouts and their advantages in, moved weights out.
 
 Answers without an advantage (every answer of the group scored the same) carry no gradient and are not computed. The rest
-are packed several to a row, so that no time goes into padding; log-probabilities are taken at response tokens only. The
+are packed several to a row (`packed_rollouts.py`); log-probabilities are taken at response tokens only. The
 multi-token-prediction modules learn from the right answers behind a detached trunk, so that drafts keep up with the
 policy they draft for.
 """
@@ -9,18 +9,32 @@ policy they draft for.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.model.load_balance import max_violation
 from shoal.model.router import Routing
 from shoal.model.transformer import Transformer
+from shoal.rl.engine_replay import EngineReplay
+from shoal.rl.importance import mismatch_divergence
 from shoal.rl.objective import ObjectiveConfig, ObjectiveResult, policy_objective
+from shoal.rl.packed_rollouts import PackedRollouts, pack_rollouts
 from shoal.rl.rollout import Rollouts
-from shoal.text.packing import pack_documents
-from shoal.training.loss import IGNORED, cross_entropy, labels_ahead, routing_of, token_log_probabilities
+from shoal.training.loss import cross_entropy, labels_ahead, token_log_probabilities
 from shoal.training.optimizer import OptimizerSet
 from shoal.training.step import CountTracker, finish_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateOptions:
+    """How the answers of an update are computed; none of it changes the gradient but `mtp_weight` and `bias_speed`."""
+
+    row_tokens: int = 256
+    micro_batch_answers: int = 512
+    temperature: float = 1.0
+    """As the answers were sampled."""
+    bias_speed: float = 0.0
+    mtp_weight: float = 0.0
 
 
 @dataclass
@@ -30,64 +44,32 @@ class UpdateResult:
     grad_norm: float | None = None
     loss: float = 0.0
     clip_fraction: float = 0.0
+    clip_high_fraction: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     mismatch: float = 0.0
     """Mean |log-probability of the engine - of the trainer| before the update: what sampling and learning disagree by."""
+    mismatch_kl: float = 0.0
+    """The same as a divergence of the trainer from the engine, nats per token."""
+    off_policy_fraction: float = 0.0
+    importance_mean: float = 0.0
+    importance_bounded_fraction: float = 0.0
     num_tokens: int = 0
     max_violation: float | None = None
 
 
-@dataclass
-class PackedRollouts:
-    """Several answers per row. Response token `t` of answer `i` is predicted at flat row position `place_MT[i, t]`."""
-
-    token_BS: Tensor
-    document_BS: Tensor
-    position_BS: Tensor
-    label_BS: Tensor
-    """Next token at response positions of right answers, for the MTP loss; ignored elsewhere."""
-    response_MT: Tensor
-    place_MT: Tensor
-    mask_MT: Tensor
-    old_logprob_MT: Tensor
-
-
-def pack_rollouts(rollouts: Rollouts, chosen: Sequence[int], right: Sequence[bool], row_tokens: int) -> PackedRollouts:
-    """Lay the chosen answers (prompt and response each) out in rows of `row_tokens` or less."""
-    longest = max(len(rollouts.completions[i].token_ids) for i in chosen)
-    lengths = [len(rollouts.prompt_ids[i]) + len(rollouts.completions[i].token_ids) for i in chosen]
-    rows = pack_documents(lengths, max(row_tokens, max(lengths)), seed=0)
-    width = max(sum(lengths[item] for item in row) for row in rows)
-    shape, answers = (len(rows), width), (len(chosen), longest)
-    token, label, document, position = (
-        np.zeros(shape, np.int64),
-        np.full(shape, IGNORED),
-        np.full(shape, -1),
-        np.zeros(shape, np.int64),
-    )
-    response, place, mask = np.zeros(answers, np.int64), np.zeros(answers, np.int64), np.zeros(answers, bool)
-    old = np.zeros(answers, np.float32)
-    for row, items in enumerate(rows):
-        at = 0
-        for number, item in enumerate(items):
-            prompt = rollouts.prompt_ids[chosen[item]]
-            completion = rollouts.completions[chosen[item]]
-            ids, count = [*prompt, *completion.token_ids], len(completion.token_ids)
-            here = slice(at, at + len(ids))
-            token[row, here], document[row, here], position[row, here] = ids, number, range(len(ids))
-            first = at + len(prompt) - 1
-            response[item, :count], old[item, :count], mask[item, :count] = (
-                completion.token_ids,
-                completion.logprobs,
-                True,
-            )
-            place[item, :count] = row * width + first + np.arange(count)
-            if right[chosen[item]]:
-                label[row, first : first + count] = completion.token_ids
-            at += len(ids)
-    arrays = (token, document, position, label, response, place, mask, old)
-    return PackedRollouts(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+MEANS = (
+    "clip_fraction",
+    "clip_high_fraction",
+    "kl",
+    "entropy",
+    "mismatch",
+    "mismatch_kl",
+    "off_policy_fraction",
+    "importance_mean",
+    "importance_bounded_fraction",
+)
+"""Fields of `UpdateResult` that are summed over micro-batches by tokens and then divided."""
 
 
 def update_policy(
@@ -97,59 +79,96 @@ def update_policy(
     advantage_M: Tensor,
     right: Sequence[bool],
     objective: ObjectiveConfig,
+    options: UpdateOptions,
     *,
-    row_tokens: int,
-    micro_batch_answers: int,
-    temperature: float,
-    bias_speed: float,
-    mtp_weight: float,
+    answers: range | None = None,
     reference: Transformer | None = None,
+    old_logprobs: Sequence[Tensor] | None = None,
+    replay: EngineReplay | None = None,
 ) -> UpdateResult:
     """One optimizer step on these answers.
 
     The normaliser counts every answer of the batch, also those left out for want of an advantage, so the gradient does
     not depend on how answers are cut into micro-batches.
+
+    Args:
+        advantage_M: one per answer of `rollouts`; `right`, `old_logprobs` and `replay` likewise.
+        answers: the minibatch; default all.
+        old_logprobs: the trainer's own before this rollout's first update (`policy_log_probabilities`); needed for
+            importance weights, else the engine's serve.
+        replay: the engine's experts and sampling masks.
     """
     result = UpdateResult()
+    batch = range(len(advantage_M)) if answers is None else answers
     needs_all = objective.kl_coefficient > 0
-    chosen = [i for i in range(len(advantage_M)) if needs_all or float(advantage_M[i]) != 0.0]
+    length_of = [len(completion.token_ids) for completion in rollouts.completions]
+    chosen = [i for i in batch if length_of[i] and (needs_all or float(advantage_M[i]) != 0.0)]
     if not chosen:
         return result
-    chosen.sort(key=lambda i: len(rollouts.completions[i].token_ids))
-    total_tokens = rollouts.num_response_tokens
+    chosen.sort(key=lambda i: length_of[i])
+    total_tokens = sum(length_of[i] for i in batch)
     tracker = CountTracker(model)
-    for start in range(0, len(chosen), micro_batch_answers):
-        part = chosen[start : start + micro_batch_answers]
-        packed = pack_rollouts(rollouts, part, right, row_tokens)
-        routing = routing_of(packed.token_BS, packed.document_BS)
-        hidden_BSD = model(
-            packed.token_BS, position_BS=packed.position_BS, document_BS=packed.document_BS, routing=routing
+    for start in range(0, len(chosen), options.micro_batch_answers):
+        part = chosen[start : start + options.micro_batch_answers]
+        packed = pack_rollouts(
+            rollouts,
+            part,
+            right,
+            options.row_tokens,
+            old_logprobs=old_logprobs,
+            replay=replay,
+            vocab_size=model.config.vocab_size,
         )
-        logprob_MT, entropy = _response_log_probabilities(model, hidden_BSD, packed, temperature)
-        reference_MT = _reference_log_probabilities(reference, packed, temperature)
+        routing = packed.routing()
+        hidden_BSD = _hidden(model, packed, routing)
+        logprob_MT, entropy = _response_log_probabilities(model, hidden_BSD, packed, options.temperature)
         outcome = policy_objective(
             logprob_MT,
             packed.old_logprob_MT,
             advantage_M[part],
             packed.mask_MT,
             objective,
-            reference_logprob_MT=reference_MT,
+            reference_logprob_MT=_reference_log_probabilities(reference, packed, options.temperature),
+            engine_logprob_MT=packed.engine_logprob_MT if old_logprobs is not None else None,
             num_tokens_total=total_tokens,
-            num_sequences_total=len(advantage_M),
+            num_sequences_total=len(batch),
         )
         loss = outcome.loss
-        if mtp_weight and model.config.num_nextn_predict_layers:
-            loss = loss + mtp_weight * _draft_loss(model, hidden_BSD, packed, routing, total_tokens)
+        if options.mtp_weight and model.config.num_nextn_predict_layers:
+            loss = loss + options.mtp_weight * _draft_loss(model, hidden_BSD, packed, routing, total_tokens)
         loss.backward()
         tracker.add(routing)
         _accumulate(result, outcome, logprob_MT.detach(), packed, entropy)
-    result.grad_norm = finish_step(model, optimizers, tracker, bias_speed)
-    if tracker.layers:
-        load_LE = tracker.count_LE.double()
-        result.max_violation = float(((load_LE.amax(-1) - load_LE.mean(-1)) / load_LE.mean(-1)).max())
-    for name in ("clip_fraction", "kl", "entropy", "mismatch"):
+    result.grad_norm = finish_step(model, optimizers, tracker, options.bias_speed)
+    result.max_violation = float(max_violation(tracker.count_LE).max()) if tracker.layers else None
+    for name in MEANS:
         setattr(result, name, getattr(result, name) / max(result.num_tokens, 1))
     return result
+
+
+@torch.no_grad()
+def policy_log_probabilities(
+    model: Transformer, rollouts: Rollouts, options: UpdateOptions, *, replay: EngineReplay | None = None
+) -> list[Tensor]:
+    """The trainer's own log-probabilities of every answer's tokens, under the weights of now."""
+    right = [False] * len(rollouts.completions)
+    found = [torch.zeros(0)] * len(right)
+    filled = [i for i, completion in enumerate(rollouts.completions) if completion.token_ids]
+    filled.sort(key=lambda i: len(rollouts.completions[i].token_ids))
+    for start in range(0, len(filled), options.micro_batch_answers):
+        part = filled[start : start + options.micro_batch_answers]
+        packed = pack_rollouts(
+            rollouts, part, right, options.row_tokens, replay=replay, vocab_size=model.config.vocab_size
+        )
+        hidden_BSD = _hidden(model, packed, packed.routing())
+        logprob_MT, _ = _response_log_probabilities(model, hidden_BSD, packed, options.temperature)
+        for row, answer in enumerate(part):
+            found[answer] = logprob_MT[row, : len(rollouts.completions[answer].token_ids)].clone()
+    return found
+
+
+def _hidden(model: Transformer, packed: PackedRollouts, routing: Routing | None) -> Tensor:
+    return model(packed.token_BS, position_BS=packed.position_BS, document_BS=packed.document_BS, routing=routing)
 
 
 def _response_log_probabilities(
@@ -158,7 +177,8 @@ def _response_log_probabilities(
     """Log-probabilities of the responses `[M, T]`, zero outside the mask, and the summed entropy."""
     place_N = packed.place_MT[packed.mask_MT]
     hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]).index_select(0, place_N)
-    logprob_N, entropy_N = token_log_probabilities(model, hidden_ND, packed.response_MT[packed.mask_MT], temperature)
+    token_N = packed.response_MT[packed.mask_MT]
+    logprob_N, entropy_N = token_log_probabilities(model, hidden_ND, token_N, temperature, kept_MV=packed.kept_NV)
     logprob_MT = torch.zeros_like(packed.old_logprob_MT).masked_scatter(packed.mask_MT, logprob_N)
     return logprob_MT, float(entropy_N.sum())
 
@@ -167,10 +187,10 @@ def _response_log_probabilities(
 def _reference_log_probabilities(
     reference: Transformer | None, packed: PackedRollouts, temperature: float
 ) -> Tensor | None:
+    """The reference routes for itself: the replayed choices are the policy's."""
     if reference is None:
         return None
-    hidden_BSD = reference(packed.token_BS, position_BS=packed.position_BS, document_BS=packed.document_BS)
-    return _response_log_probabilities(reference, hidden_BSD, packed, temperature)[0]
+    return _response_log_probabilities(reference, _hidden(reference, packed, None), packed, temperature)[0]
 
 
 def _draft_loss(
@@ -197,8 +217,11 @@ def _accumulate(
 ) -> None:
     tokens = int(packed.mask_MT.sum())
     result.loss += float(outcome.loss.detach())
-    result.clip_fraction += float(outcome.clip_fraction) * tokens
-    result.kl += float(outcome.kl) * tokens
+    for name in ("clip_fraction", "clip_high_fraction", "kl", "off_policy_fraction"):
+        setattr(result, name, getattr(result, name) + float(getattr(outcome, name)) * tokens)
+    result.importance_mean += outcome.importance_mean * tokens
+    result.importance_bounded_fraction += outcome.importance_bounded_fraction * tokens
     result.entropy += entropy
-    result.mismatch += float(((logprob_MT - packed.old_logprob_MT).abs() * packed.mask_MT).sum())
+    result.mismatch += float(((logprob_MT - packed.engine_logprob_MT).abs() * packed.mask_MT).sum())
+    result.mismatch_kl += mismatch_divergence(logprob_MT, packed.engine_logprob_MT, packed.mask_MT) * tokens
     result.num_tokens += tokens

@@ -22,6 +22,9 @@ IGNORED = -100
 CHUNK_ELEMENTS = 4_194_304
 """Logits alive at once."""
 
+MIN_LOG = -1e4
+"""Stands in for the logarithm of zero where it is multiplied by zero."""
+
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy over rows, with the head product inside."""
@@ -188,44 +191,65 @@ class ChunkedLogProbability(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor, temperature: float, dtype: torch.dtype
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        token_M: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        kept_MV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         low_weight = weight_VD.to(dtype)
         logprob_M, entropy_M = hidden_MD.new_empty(len(token_M)), hidden_MD.new_empty(len(token_M))
         for chunk in _chunks(len(token_M), len(weight_VD)):
-            log_probability_MV = _log_probabilities(hidden_MD[chunk], low_weight, temperature)
+            kept = None if kept_MV is None else kept_MV[chunk]
+            log_probability_MV = _log_probabilities(hidden_MD[chunk], low_weight, temperature, kept)
             logprob_M[chunk] = log_probability_MV.gather(1, token_M[chunk].unsqueeze(1)).squeeze(1)
-            entropy_M[chunk] = -(log_probability_MV.exp() * log_probability_MV).sum(dim=-1)
+            entropy_M[chunk] = -(log_probability_MV.exp() * log_probability_MV.clamp_min(MIN_LOG)).sum(dim=-1)
         ctx.save_for_backward(hidden_MD, weight_VD, token_M)
-        ctx.temperature, ctx.dtype = temperature, dtype
+        ctx.temperature, ctx.dtype, ctx.kept_MV = temperature, dtype, kept_MV
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_MD, weight_VD, token_M = ctx.saved_tensors
         low_weight = weight_VD.to(ctx.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD)
         for chunk in _chunks(len(token_M), len(weight_VD)):
-            grad_logit = _log_probabilities(hidden_MD[chunk], low_weight, ctx.temperature).exp_().neg_()
+            kept = None if ctx.kept_MV is None else ctx.kept_MV[chunk]
+            grad_logit = _log_probabilities(hidden_MD[chunk], low_weight, ctx.temperature, kept).exp_().neg_()
             grad_logit.scatter_add_(1, token_M[chunk].unsqueeze(1), grad_logit.new_ones(len(grad_logit), 1))
             low_grad = (grad_logit * (grads[0][chunk] / ctx.temperature).unsqueeze(1)).to(ctx.dtype)
             grad_hidden[chunk] = torch.mm(low_grad, low_weight).to(hidden_MD.dtype)
             grad_weight += torch.mm(low_grad.t(), hidden_MD[chunk].to(ctx.dtype)).to(weight_VD.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def token_log_probabilities(
-    model: Transformer, hidden_MD: Tensor, token_M: Tensor, temperature: float = 1.0
+    model: Transformer,
+    hidden_MD: Tensor,
+    token_M: Tensor,
+    temperature: float = 1.0,
+    *,
+    kept_MV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of `token_M` (differentiable) and entropy in nats (not) at each row, both `[M]`."""
+    """Log-probability of `token_M` (differentiable) and entropy in nats (not) at each row, both `[M]`.
+
+    Args:
+        kept_MV: true at the tokens that a sampler's top-p and top-k had left; the distribution is theirs alone.
+    """
     return ChunkedLogProbability.apply(
-        hidden_MD, model.head_weight_VD, token_M, temperature, _head_dtype(model, hidden_MD)
+        hidden_MD, model.head_weight_VD, token_M, temperature, _head_dtype(model, hidden_MD), kept_MV
     )
 
 
-def _log_probabilities(hidden_MD: Tensor, low_weight: Tensor, temperature: float) -> Tensor:
+def _log_probabilities(
+    hidden_MD: Tensor, low_weight: Tensor, temperature: float, kept_MV: Tensor | None = None
+) -> Tensor:
     logit_MV = torch.mm(hidden_MD.to(low_weight.dtype), low_weight.t()).to(hidden_MD.dtype)
+    if kept_MV is not None:
+        logit_MV = logit_MV.masked_fill(~kept_MV, -torch.inf)
     return (logit_MV / temperature).log_softmax(dim=-1)
 
 

@@ -7,11 +7,15 @@ from shoal.engine.engine import Engine
 from shoal.errors import ConfigError, TaskError
 from shoal.model.transformer import Transformer, initialise
 from shoal.rl.advantage import group_advantages
-from shoal.rl.grpo import GrpoConfig, problems_of_step, shows_work, train_grpo
+from shoal.rl.grpo import train_grpo
+from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.objective import ObjectiveConfig, policy_objective
+from shoal.rl.rewards import WeightedReward
 from shoal.rl.rollout import Prompter, sample_rollouts
+from shoal.rl.sampling import problem_places
+from shoal.rl.step_metrics import shows_work
 from shoal.rl.tasks import TASKS
-from shoal.rl.update import update_policy
+from shoal.rl.update import UpdateOptions, update_policy
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
@@ -39,21 +43,14 @@ def _advantages(rollouts):
 
 
 def _update(model, rollouts, advantage, objective=None, **options):
-    settings = {
-        "row_tokens": 64,
-        "micro_batch_answers": 100,
-        "temperature": 1.0,
-        "bias_speed": 0.0,
-        "mtp_weight": 0.0,
-        **options,
-    }
+    settings = UpdateOptions(**{"row_tokens": 64, "micro_batch_answers": 100, **options})
     captured = {}
     optimizers = OptimizerSet(model, OptimizerConfig(learning_rate=1e-3, clip_norm=0.0))
     optimizers.step = lambda: (
         captured.update({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}) or 0.0
     )
     result = update_policy(
-        model, optimizers, rollouts, advantage, [True] * len(advantage), objective or ObjectiveConfig(), **settings
+        model, optimizers, rollouts, advantage, [True] * len(advantage), objective or ObjectiveConfig(), settings
     )
     return result, captured
 
@@ -184,8 +181,8 @@ def test_reward_alone_teaches_and_a_coin_does_not(tmp_path):
     config = _config(steps=30, prompts_per_step=6, group_size=16, max_response_tokens=2, optimizer=learning)
     model, control = _model(), _model()
     before = share(model)
-    train_grpo(model, config, PROBLEMS, PROMPTER, tmp_path / "reward", reward=reward)
-    train_grpo(control, config, PROBLEMS, PROMPTER, tmp_path / "coin", reward=coin)
+    train_grpo(model, config, PROBLEMS, PROMPTER, tmp_path / "reward", rewards=[WeightedReward(function=reward)])
+    train_grpo(control, config, PROBLEMS, PROMPTER, tmp_path / "coin", rewards=[WeightedReward(function=coin)])
     assert before < 0.7 and share(model) > 0.9 and share(control) < 0.75
 
 
@@ -196,13 +193,14 @@ def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path, values):
         def broken(prompts, completions, completion_ids, **columns):
             return values(len(prompts))
 
-        train_grpo(_model(), _config(), PROBLEMS, PROMPTER, tmp_path, reward=broken)
+        train_grpo(_model(), _config(), PROBLEMS, PROMPTER, tmp_path, rewards=[WeightedReward(function=broken)])
 
 
-def test_every_problem_is_asked_once_per_pass():
-    asked = [problem.prompt for step in range(4) for problem in problems_of_step(PROBLEMS, step, 3, seed=0)]
-    assert sorted(asked) == sorted(problem.prompt for problem in PROBLEMS)
-    assert problems_of_step(PROBLEMS, 1, 3, seed=0) == problems_of_step(PROBLEMS, 1, 3, seed=0)
+def test_every_problem_is_asked_once_per_pass_wherever_a_step_begins():
+    whole = problem_places(12, 0, 30, seed=0)
+    assert sorted(whole[:12]) == sorted(whole[12:24]) == list(range(12)) and whole[:12] != whole[12:24]
+    assert problem_places(12, 0, 7, seed=0) + problem_places(12, 7, 23, seed=0) == whole
+    assert problem_places(12, 0, 12, seed=1) != whole[:12]
 
 
 def test_work_is_something_in_the_think_block():

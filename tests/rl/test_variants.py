@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from shoal.errors import ConfigError
-from shoal.rl.grpo import GrpoConfig
+from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.objective import ObjectiveConfig
 from shoal.rl.variants import NEVER_STEPS, VARIANTS, variant
 

@@ -4,6 +4,7 @@ The answer format is R1-Zero's: `<think>reasoning</think><answer>answer</answer>
 around. Everything here is total: bad text gives None.
 """
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,9 +12,11 @@ MAX_RESPONSE_CHARS = 20_000
 MAX_ANSWER_CHARS = 500
 MAX_DIGITS = 12
 MAX_DEPTH = 20
+MAX_NUMBER_CHARS = 40
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _DIGITS = frozenset("0123456789")
+_NUMBER = re.compile(r"(-)?[$€£]?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.([0-9]+))?(?:/([0-9]+))?(%)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,28 @@ def parse_integer(text: str) -> int | None:
     if not 0 < len(body) <= MAX_DIGITS or not _DIGITS.issuperset(body) or (body[0] == "0" and body != "0"):
         return None
     return int(text)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """A number as people write it, exactly: `-3`, `1,234.50`, `$18`, `3/4`, `50%` (a half), a full stop after it.
+
+    Thousands are grouped by three or not at all; ASCII digits only.
+    """
+    body = text.strip().removesuffix(".")
+    if not 0 < len(body) <= MAX_NUMBER_CHARS:
+        return None
+    match = _NUMBER.fullmatch(body)
+    if match is None:
+        return None
+    minus, whole, decimals, denominator, percent = match.groups()
+    value = Fraction(int(whole.replace(",", "")))
+    if denominator is not None:
+        if decimals is not None or int(denominator) == 0:
+            return None
+        value /= int(denominator)
+    if decimals:
+        value += Fraction(int(decimals), 10 ** len(decimals))
+    return (-value if minus else value) / (100 if percent else 1)
 
 
 def parse_words(text: str) -> list[str] | None:
