@@ -22,6 +22,14 @@ def serve(
     disk_gib: Annotated[float, typer.Option(help="Bound of the cache on disk, GiB.")] = 20.0,
     max_context: Annotated[int | None, typer.Option(help="Prompt and answer together, tokens.")] = None,
     max_running: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
+    speculative: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculative/--no-speculative",
+            help="Guess tokens with the model's own prediction module; default: where it has one and guessing gains.",
+        ),
+    ] = None,
+    speculative_tokens: Annotated[int, typer.Option(help="Guesses per step at most, 1 to 4.")] = 1,
     max_waiting: Annotated[int, typer.Option(help="Open requests; more get 503.")] = 256,
     api_key: Annotated[str | None, typer.Option(envvar="SHOAL_API_KEY", help="Ask this key of every request.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="Ask for one of the keys in this file, one a line.")] = None,
@@ -50,6 +58,8 @@ def serve(
         disk_bytes=int(disk_gib * GIB),
         max_context=max_context,
         max_running=max_running,
+        speculative=speculative,
+        speculative_tokens=speculative_tokens,
     )
     options = ServeOptions(
         host=host,

@@ -6,7 +6,8 @@ and is deleted, and the request is computed as if there had been no cache. Nothi
 read-only disk turns the cache off for a minute and says so once.
 
 Readers take no locks: a file is there whole or not at all. The oldest files go when the directory outgrows its bound, by
-the time of their last use, which a hit refreshes at most once a minute.
+the time of their last use, which a hit refreshes at most once a minute. The bound counts the units of every model in the
+directory, so that those of a model that is served no more give way too.
 """
 
 import errno
@@ -15,6 +16,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +25,11 @@ from shoal.log import say
 MAGIC = b"SHOALKV1"
 KEY_FIELD = 32
 HEADER_BYTES = len(MAGIC) + 8 + KEY_FIELD + 32
-QUEUE_UNITS = 256
-SWEEP_EVERY_WRITES = 256
+QUEUE_BYTES = 256 << 20
+"""Units on their way to the disk; what comes while so much waits is not written."""
+SWEEP_SHARE = 0.05
+"""A process sweeps when it has written this share of the bound, and makes as much room."""
+SWEEP_EVERY_S = 3600.0
 TOUCH_AFTER_S = 60.0
 OFF_FOR_S = 60.0
 STRAY_AFTER_S = 3600.0
@@ -47,17 +52,19 @@ class DiskCache:
     """The units in one directory.
 
     Args:
-        max_bytes: the directory is kept below it, give or take what is written between two sweeps.
+        max_bytes: the directory is kept below it, give or take a twentieth for every process that writes to it.
         max_age_s: units unused for longer are deleted.
         unit_bytes: of a unit's payload; files of another size are foreign.
     """
 
     def __init__(self, directory: Path, *, max_bytes: int, max_age_s: float, unit_bytes: int) -> None:
-        self.directory = directory / f"{unit_bytes}"
+        self.root, self.directory = directory, directory / f"{unit_bytes}"
         self.max_bytes, self.max_age_s, self.unit_bytes = max_bytes, max_age_s, unit_bytes
         self.stats = DiskStats()
         self._off_until_s = 0.0
-        self._queue: queue.Queue[tuple[bytes, bytes] | None] = queue.Queue(QUEUE_UNITS)
+        self._queue: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
+        self._most_pending = max(QUEUE_BYTES // unit_bytes, 1)
+        self._swept_at_s, self._written_since = time.monotonic(), 0
         self._pending: dict[bytes, bytes] = {}
         """Units on their way to the disk: a reader may want one before it has arrived."""
         try:
@@ -101,17 +108,18 @@ class DiskCache:
         self.stats.misses += not found
         return bool(found)
 
-    def put(self, key: bytes, payload: bytes) -> None:
-        """Hand a unit to the writing thread; dropped when that is behind."""
-        if self.is_off or key in self._pending or self._path(key).exists():
-            self.stats.dropped += self.is_off
-            return
-        self._pending[key] = payload
-        try:
-            self._queue.put_nowait((key, payload))
-        except queue.Full:
-            self._pending.pop(key, None)
+    def lacks(self, key: bytes) -> bool:
+        """Whether the unit would be written if it were handed over."""
+        if self.is_off or len(self._pending) >= self._most_pending:
             self.stats.dropped += 1
+            return False
+        return key not in self._pending and not self._path(key).exists()
+
+    def put(self, key: bytes, payload: bytes) -> None:
+        """Hand a unit to the writing thread, unless it is there, or the disk behind or off."""
+        if self.lacks(key):
+            self._pending[key] = payload
+            self._queue.put((key, payload))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until everything handed over is on disk; False when it took too long."""
@@ -126,29 +134,33 @@ class DiskCache:
         self._queue.put(None)
         self._thread.join(timeout_s)
 
-    def sweep(self) -> None:
-        """Delete what is too old, what is too much, and what dead processes left half-written."""
+    def sweep(self, share: float = 1.0) -> None:
+        """Delete what is too old, what is more than `share` of the bound, and what dead processes left half-written."""
         now_s, units = time.time(), []
-        for folder in _entries(self.directory):
-            for entry in _entries(folder.path) if folder.is_dir(follow_symlinks=False) else []:
-                try:
-                    facts = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                age_s = now_s - facts.st_mtime
-                if entry.name.endswith(".tmp"):
-                    if age_s > STRAY_AFTER_S:
-                        self._delete(Path(entry.path))
-                elif age_s > self.max_age_s:
-                    self._delete(Path(entry.path))
-                else:
-                    units.append((facts.st_mtime, facts.st_size, entry.path))
+        for entry in self._files():
+            try:
+                facts = entry.stat(follow_symlinks=False)
+            except OSError:
+                continue
+            age_s = now_s - facts.st_mtime
+            is_stray = entry.name.endswith(".tmp")
+            if age_s > (STRAY_AFTER_S if is_stray else self.max_age_s):
+                self._delete(Path(entry.path))
+            elif not is_stray:
+                units.append((facts.st_mtime, facts.st_size, entry.path))
         total = sum(size for _, size, _ in units)
         for _, size, path in sorted(units):
-            if total <= self.max_bytes:
+            if total <= self.max_bytes * share:
                 return
             self._delete(Path(path))
             total -= size
+
+    def _files(self) -> "Iterator[os.DirEntry[str]]":
+        """Every unit in the directory, of whatever size."""
+        for size in _entries(self.root):
+            for folder in _entries(size.path) if size.name.isdigit() and size.is_dir(follow_symlinks=False) else []:
+                if folder.is_dir(follow_symlinks=False):
+                    yield from _entries(folder.path)
 
     def _path(self, key: bytes) -> Path:
         name = key.hex()
@@ -186,7 +198,8 @@ class DiskCache:
                 except OSError as error:
                     self._turn_off(error)
             self._pending.pop(key, None)
-            if self.stats.written % SWEEP_EVERY_WRITES == SWEEP_EVERY_WRITES - 1:
+            is_late = time.monotonic() - self._swept_at_s > SWEEP_EVERY_S
+            if is_late or self._written_since > self.max_bytes * SWEEP_SHARE:
                 self._sweep_quietly()
 
     def _write(self, key: bytes, payload: bytes) -> None:
@@ -205,10 +218,12 @@ class DiskCache:
             self._delete(temporary)
             raise
         self.stats.written += 1
+        self._written_since += len(payload)
 
     def _sweep_quietly(self) -> None:
+        self._swept_at_s, self._written_since = time.monotonic(), 0
         try:
-            self.sweep()
+            self.sweep(1 - SWEEP_SHARE)
         except OSError as error:
             self._turn_off(error)
 

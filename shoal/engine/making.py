@@ -8,13 +8,17 @@ from pathlib import Path
 from shoal.engine.disk_cache import DiskCache
 from shoal.engine.engine import Engine
 from shoal.engine.loading import LoadedModel
-from shoal.engine.packed_model import PackedModel, fits
+from shoal.engine.packed_model import PackedModel, WeightSource, fits
 from shoal.engine.prefix_cache import CacheIdentity
 from shoal.engine.serving import ServingConfig, ServingEngine
+from shoal.engine.speculative import Drafter, Speculation, has_drafter
 from shoal.errors import ConfigError
+from shoal.kernels.cpu.build import kernels_digest
 from shoal.log import say
 
 GIB = 1 << 30
+LAYOUT_VERSION = 2
+"""Of a unit's bytes; another layout finds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class EngineOptions:
     max_context: int | None = None
     max_running: int = 64
     step_tokens: int = 512
+    speculative: bool | None = None
+    """Guess tokens with the model's own prediction module: where it gains (None: where the model has one), or never."""
+    speculative_tokens: int = 1
+    """Guesses per step at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +55,8 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
     """Choose and build.
 
     Raises:
-        ConfigError: a quantised format for a model that only the simple engine can run.
+        ConfigError: a quantised format, or speculation, for a model that only the simple engine can run; speculation
+            for a model without a prediction module.
     """
     model = loaded.model
     if not fits(model.config):
@@ -55,16 +64,21 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
             raise ConfigError(
                 f"weights={options.weights!r} needs the packed CPU pass, which does not fit this model; use bf16."
             )
+        if options.speculative:
+            raise ConfigError(
+                "speculative decoding needs the packed CPU pass, which does not fit this model; leave it out."
+            )
         say(
             "the packed CPU pass does not fit this model or machine (see shoal doctor): simple engine, no context cache"
         )
         return MadeEngine(engine=Engine(model, max_context=options.max_context), disk=None)
     state = model.state_dict()
     packed = PackedModel(model.config, state.__getitem__, options.weights)
+    speculation = _speculation(packed, state.__getitem__, has_drafter(model.config), options)
     identity = CacheIdentity(
         weights_digest=weights_digest(loaded.path),
-        dtype=packed.format,
-        layout_version=1,
+        dtype=f"{packed.format}, {kernels_digest()}",
+        layout_version=LAYOUT_VERSION,
         rope_digest=hashlib.blake2b(
             repr((model.config.rope_theta, model.config.rope_scaling)).encode(), digest_size=16
         ).hexdigest(),
@@ -77,7 +91,7 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
         max_running=options.max_running,
         step_tokens=options.step_tokens,
     )
-    engine = ServingEngine(packed, config, identity=identity)
+    engine = ServingEngine(packed, config, identity=identity, speculation=speculation)
     if options.use_disk:
         engine.disk = DiskCache(
             options.disk_dir or default_disk_dir(),
@@ -86,6 +100,19 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
             unit_bytes=engine.unit_bytes,
         )
     return MadeEngine(engine=engine, disk=engine.disk)
+
+
+def _speculation(
+    packed: PackedModel, source: WeightSource, has_module: bool, options: EngineOptions
+) -> Speculation | None:
+    """The model's own prediction module at work, when it has one and nobody forbids it."""
+    if options.speculative and not has_module:
+        raise ConfigError(
+            "this model has no prediction module (num_nextn_predict_layers is 0); leave --speculative out."
+        )
+    if options.speculative is False or not has_module:
+        return None
+    return Speculation(Drafter(packed, source), options.speculative_tokens)
 
 
 def default_disk_dir() -> Path:

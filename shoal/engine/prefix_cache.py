@@ -9,6 +9,7 @@ come after it, since a unit without its predecessor can not be found.
 """
 
 import hashlib
+import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -78,7 +79,7 @@ class PrefixCache:
     @property
     def num_evictable(self) -> int:
         """Pages that `evict` could free: units that only the cache holds."""
-        return sum(self.pool.holders(unit.page) == 1 for unit in self._units.values())
+        return self.pool.num_idle
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the longest run of known keys from the first on; each is held once more for the caller."""
@@ -87,8 +88,10 @@ class PrefixCache:
             unit = self._units.get(key)
             if unit is None:
                 break
-            self._units[key] = self._units.pop(key)
             pages.append(unit.page)
+        # From the last to the first, so that a chain's end counts as unused for longer than what it hangs on.
+        for key in reversed(keys[: len(pages)]):
+            self._units[key] = self._units.pop(key)
         self.pool.share(pages)
         return pages
 
@@ -102,7 +105,7 @@ class PrefixCache:
             if key in self._units:
                 self._units[key] = self._units.pop(key)
             else:
-                self.pool.share([page])
+                self.pool.cache(page)
                 self._units[key] = _Unit(page, parent if parent in self._units else None)
                 if parent in self._units:
                     self._units[parent].children += 1
@@ -111,10 +114,9 @@ class PrefixCache:
     def evict(self, count: int) -> int:
         """Free up to `count` pages; returns how many."""
         freed = 0
-        while freed < count:
-            victims = [
-                key for key, unit in self._units.items() if unit.children == 0 and self.pool.holders(unit.page) == 1
-            ][: count - freed]
+        while freed < count and self.pool.num_idle:
+            leaves = (key for key, unit in self._units.items() if not unit.children and self.pool.is_idle(unit.page))
+            victims = list(itertools.islice(leaves, count - freed))
             if not victims:
                 break
             for key in victims:
@@ -131,4 +133,4 @@ class PrefixCache:
         unit = self._units.pop(key)
         if unit.parent is not None and unit.parent in self._units:
             self._units[unit.parent].children -= 1
-        self.pool.release([unit.page])
+        self.pool.uncache(unit.page)

@@ -34,6 +34,8 @@ class Sequence:
     computed: int = 0
     """Leading tokens whose latents are in `pages`."""
     pages: list[int] = field(default_factory=list)
+    cache_root: bytes = b""
+    """Key before the first unit."""
     unit_keys: list[bytes] = field(default_factory=list)
     """Cache keys of the full units so far."""
     cached_units: int = 0
@@ -133,14 +135,23 @@ class Scheduler:
         present = {tenant for _, tenant in self._waiting} | {other.tenant for other in self.running}
         self._served = {tenant: tokens for tenant, tokens in self._served.items() if tenant in present}
 
-    def plan(self) -> list[Work]:
-        """The work of the next step, pages provided; empty when everybody waits, for pages or for what a cache is loading."""
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that have one token to compute."""
+        return sum(sequence.left == 1 for sequence in self.running)
+
+    def plan(self, *, with_drafts: bool = True) -> list[Work]:
+        """The work of the next step, pages provided; empty when everybody waits, for pages or for what a cache is loading.
+
+        Args:
+            with_drafts: whether guesses are computed along.
+        """
         budget, preemptions = self.step_tokens, self.preemptions
         planned: list[Work] = []
         for decoding in (True, False):
             for sequence in sorted(self.running, key=_order):
                 if (sequence.left == 1) == decoding and sequence in self.running and budget > 0:
-                    budget -= self._take(sequence, budget, planned)
+                    budget -= self._take(sequence, budget, planned, with_drafts)
         while budget > 0 and preemptions == self.preemptions and self._admit_next():
             budget -= self._take(self.running[-1], budget, planned)
         # Somebody planned early may have been sent back for one of higher priority planned later.
@@ -153,7 +164,7 @@ class Scheduler:
         """Record that a work's tokens are in their pages, and so many of its guesses were right."""
         work.sequence.computed = work.start + work.count + accepted
 
-    def _take(self, sequence: Sequence, budget: int, planned: list[Work]) -> int:
+    def _take(self, sequence: Sequence, budget: int, planned: list[Work], with_drafts: bool = False) -> int:
         """Plan up to `budget` tokens of a running sequence; 0 when it was sent back or waits for a cache."""
         if sequence.left > 1 and sequence.computed == len(sequence.pages) * UNIT_TOKENS and self._look_up(sequence):
             return 0
@@ -164,9 +175,9 @@ class Scheduler:
             self._send_back(victim)
             if victim is sequence:
                 return 0
-        draft = tuple(sequence.draft) if count == sequence.left == 1 else ()
-        if sequence.computed + count + len(draft) > len(sequence.pages) * UNIT_TOKENS or count + len(draft) > budget:
-            draft = ()  # a guess is worth no page
+        draft = tuple(sequence.draft) if with_drafts and count == sequence.left == 1 else ()
+        # A guess is worth no page, and nobody's place in the step.
+        draft = draft[: min(len(sequence.pages) * UNIT_TOKENS - sequence.computed, budget) - count]
         planned.append(Work(sequence, sequence.computed, count, count == sequence.left, draft))
         return count + len(draft)
 

@@ -4,32 +4,34 @@ Same interface and same tokens as the simple engine (`engine.py`), which stays i
 the packed model over a mixed batch that the scheduler planned. The bits of a row depend on nothing but its own text
 (`kernels/cpu/forward.cpp`), so a cache hit, another chunking, a preemption or other neighbours change nobody's answer.
 
-Latents live in units of 64 positions of all layers. A full unit is offered to the prefix cache under a key that chains
-over the model's identity and all tokens up to its end, and is written to disk behind the answer's back.
+    plan      who computes which tokens, pages provided                     scheduler.py, pages.py
+    run       one pass over all of them                                     packed_model.py
+    draw      a token for whoever reached its end, more where guesses fit   drawing.py
+    guess     what comes after, where that pays                             speculative.py
+    offer     units that became full, to RAM and disk                       context_cache.py
 """
 
 import secrets
 import time
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.engine.disk_cache import DiskCache
-from shoal.engine.logit_rules import Constraint, apply_rules, top_logprobs
+from shoal.engine.batch import Batch
+from shoal.engine.context_cache import ContextCache
+from shoal.engine.disk_cache import DiskCache, DiskStats
+from shoal.engine.drawing import Sample, draw, take
 from shoal.engine.packed_model import PackedModel
 from shoal.engine.pages import PagePool
-from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity, PrefixCache, unit_key
-from shoal.engine.request import FinishReason, Request, TokenEvent
-from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
+from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity, PrefixCache
+from shoal.engine.request import Request, TokenEvent
+from shoal.engine.sampling import sample_seeds
 from shoal.engine.scheduler import Found, Scheduler, Sequence, Work
-from shoal.engine.speculative import Drafter, SpeculationGauge
+from shoal.engine.speculation_gauge import Way
+from shoal.engine.speculative import Speculation
 from shoal.errors import RequestError
-
-LOAD_BYTES = 64 << 20
-"""Read from disk per step at most, so that a long cached prompt does not hold up its neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,44 +47,6 @@ class ServingConfig:
     """Tokens of one pass: a prompt is read in chunks of what the decodes leave of them."""
 
 
-@dataclass(eq=False, kw_only=True)
-class _Sample(Sequence):
-    """A sequence with what drawing needs."""
-
-    request: Request
-    seed: np.uint64
-    identity: CacheIdentity
-    stop: frozenset[int]
-    constraint: Constraint | None = None
-    siblings: list["_Sample"] = field(default_factory=list)
-    """Other samples of the same prompt; they start when it has been read, and find it in the cache."""
-
-    @property
-    def drawn(self) -> int:
-        return len(self.token_ids) - self.prompt_tokens
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The tokens of one pass as arrays, and where each work's rows begin."""
-
-    token_M: Tensor
-    position_M: Tensor
-    sequence_M: Tensor
-    table_BX: Tensor
-    first_row: list[int]
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A token drawn for a sample."""
-
-    token: int
-    logprob: float
-    is_fine: bool
-    likely: list[tuple[int, float]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServingStats:
     """Counters since the start, and what is held now."""
@@ -92,12 +56,20 @@ class ServingStats:
     preemptions: int
     pages_total: int
     pages_free: int
+    pages_idle: int
+    """Held by the prefix cache alone."""
+    pages_in_use: int
     prompt_tokens: int
     found_tokens: int
     generated_tokens: int
+    corrupted: int
+    """Samples that ended because their scores were not finite or their form broke."""
+    spoilt_units: int
     steps: int
-    drafted: int
-    accepted: int
+    drafted: tuple[int, ...]
+    """Guesses checked, by place after the drawn token; empty without speculation."""
+    accepted: tuple[int, ...]
+    disk: DiskStats | None
 
 
 class ServingEngine:
@@ -105,8 +77,7 @@ class ServingEngine:
 
     Args:
         identity: of the weights and everything else that decides latents; None keeps no cache between requests.
-        disk: where units outlive the process.
-        drafter: guesses tokens ahead, see `speculative.py`; its latents are one more layer of every unit.
+        speculation: guesses tokens ahead; its latents are one more layer of every unit.
     """
 
     def __init__(
@@ -115,21 +86,19 @@ class ServingEngine:
         config: ServingConfig | None = None,
         *,
         identity: CacheIdentity | None = None,
-        disk: DiskCache | None = None,
-        drafter: Drafter | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        self.drafter, self.gauge = drafter, SpeculationGauge()
         self.model, self.config = model, config or ServingConfig()
+        self.speculation = speculation
         shape = model.config
         self.max_context = min(self.config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
-        dtype = torch.float32 if model.format == "f32" else torch.bfloat16
-        unit_shape = (shape.num_hidden_layers + (drafter is not None), UNIT_TOKENS, shape.cache_width)
-        self.unit_bytes = int(np.prod(unit_shape)) * dtype.itemsize
-        num_pages = max(self.config.cache_bytes // self.unit_bytes, 2)
-        self.pool_LPTW = torch.zeros(unit_shape[0], num_pages, *unit_shape[1:], dtype=dtype)
-        self.pool = PagePool(num_pages)
+        pool_LPTW = _empty_pool(model, shape.num_hidden_layers + (speculation is not None), self.config.cache_bytes)
+        # The prediction module's latents are the last layer.
+        self._main_LPTW = pool_LPTW[: shape.num_hidden_layers]
+        self._ahead_1PTW = pool_LPTW[shape.num_hidden_layers :]
+        self.pool = PagePool(pool_LPTW.shape[1])
         self.prefix = PrefixCache(self.pool)
-        self.disk = disk
+        self.cache = ContextCache(self.prefix, pool_LPTW)
         self.identity = identity or CacheIdentity.unique()
         self.scheduler = Scheduler(
             self.pool,
@@ -138,16 +107,29 @@ class ServingEngine:
             step_tokens=self.config.step_tokens,
             lookup=self._look_up,
         )
-        self._samples: dict[int, list[_Sample]] = {}
+        self._samples: dict[int, list[Sample]] = {}
         self._next_id = 0
         self.tokens_of_step: dict[int, int] = {}
         """Tokens computed in the last step, by request."""
-        self._unit = torch.empty(unit_shape, dtype=dtype)
-        self._prompt_tokens = self._found_tokens = self._generated = self._steps = 0
+        self._prompt_tokens = self._found_tokens = self._generated = self._corrupted = self._steps = 0
 
     @property
     def vocab_size(self) -> int:
         return self.model.config.vocab_size
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of 64 positions of every layer."""
+        return self.cache.unit_bytes
+
+    @property
+    def disk(self) -> DiskCache | None:
+        """Where units outlive the process."""
+        return self.cache.disk
+
+    @disk.setter
+    def disk(self, disk: DiskCache | None) -> None:
+        self.cache.disk = disk
 
     @property
     def is_idle(self) -> bool:
@@ -157,18 +139,24 @@ class ServingEngine:
     @property
     def stats(self) -> ServingStats:
         """Counters for the metrics page."""
+        gauge = self.speculation.gauge if self.speculation else None
         return ServingStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.num_waiting,
             preemptions=self.scheduler.preemptions,
             pages_total=self.pool.num_pages,
             pages_free=self.pool.num_free,
+            pages_idle=self.pool.num_idle,
+            pages_in_use=self.pool.num_in_use,
             prompt_tokens=self._prompt_tokens,
             found_tokens=self._found_tokens,
             generated_tokens=self._generated,
+            corrupted=self._corrupted,
+            spoilt_units=self.cache.spoilt,
             steps=self._steps,
-            drafted=self.gauge.drafted,
-            accepted=self.gauge.accepted,
+            drafted=tuple(gauge.drafted) if gauge else (),
+            accepted=tuple(gauge.accepted) if gauge else (),
+            disk=replace(self.disk.stats) if self.disk else None,
         )
 
     def add(self, request: Request) -> int:
@@ -181,17 +169,18 @@ class ServingEngine:
         self._next_id += 1
         params = request.sampling
         seed = secrets.randbits(63) if params.seed is None else params.seed
+        root = replace(self.identity, isolation=request.isolation).root
         samples = [
-            _Sample(
+            Sample(
                 request_id=self._next_id,
                 sample=index,
                 token_ids=list(request.prompt_ids),
                 prompt_tokens=len(request.prompt_ids),
                 tenant=request.tenant,
                 priority=request.priority,
+                cache_root=root,
                 request=request,
                 seed=row_seed,
-                identity=replace(self.identity, isolation=request.isolation),
                 stop=frozenset(params.stop_token_ids),
                 constraint=params.constraint() if params.constraint else None,
             )
@@ -211,34 +200,22 @@ class ServingEngine:
     @torch.no_grad()
     def step(self) -> list[TokenEvent]:
         """One pass over whatever the scheduler planned; the tokens drawn after it. Empty when idle."""
-        planned = self.scheduler.plan()
+        started_s = time.perf_counter()
+        way = self._way()
+        planned = self.scheduler.plan(with_drafts=way == "guess")
         self.tokens_of_step = {}
         for work in planned:
             request_id = work.sequence.request_id
             self.tokens_of_step[request_id] = self.tokens_of_step.get(request_id, 0) + work.count
         if not planned:
             return []
-        started_s = time.perf_counter()
         self._steps += 1
-        batch = self._batch(planned)
-        drafts = self.drafter is not None and self.gauge.wants_drafts()
-        hidden_MD = torch.empty(len(batch.token_M), self.model.config.hidden_size) if drafts else None
-        logit_NV = self._run(planned, batch, hidden_MD)
-        events, accepted = self._draw(planned, logit_NV)
+        batch = Batch.of(planned)
+        hidden_MD = None if way == "off" else torch.empty(len(batch.token_M), self.model.config.hidden_size)
+        events = self._draw(planned, self._run(planned, batch, hidden_MD))
+        self._guess(planned, batch, hidden_MD, way, len(events), started_s)
         for work in planned:
-            self.scheduler.done(work, accepted.get(work.sequence.request_id, {}).get(work.sequence.sample, 0))
-        if hidden_MD is not None:
-            self._draft(planned, batch, hidden_MD)
-        for work in planned:
-            self._offer_units(work.sequence)
-        if self.drafter is not None and all(work.draws and work.count == 1 for work in planned):
-            self.gauge.note(
-                with_drafts=drafts,
-                seconds=time.perf_counter() - started_s,
-                tokens=len(events),
-                drafted=sum(len(work.draft) for work in planned),
-                accepted=sum(sum(by_sample.values()) for by_sample in accepted.values()),
-            )
+            self.cache.offer(work.sequence)
         for event in events:
             if event.finish_reason is not None:
                 self._end(event)
@@ -259,27 +236,12 @@ class ServingEngine:
                 f"prompt or lower max_tokens to {max(room - len(prompt), 0)}."
             )
 
-    def _batch(self, planned: Many[Work]) -> _Batch:
-        token: list[int] = []
-        position: list[int] = []
-        row: list[int] = []
-        first_row: list[int] = []
-        table_BX = np.zeros((len(planned), max(len(work.sequence.pages) for work in planned)), dtype=np.int32)
-        for index, work in enumerate(planned):
-            first_row.append(len(token))
-            token += [*work.sequence.token_ids[work.start : work.start + work.count], *work.draft]
-            position += range(work.start, work.start + work.rows)
-            row += [index] * work.rows
-            table_BX[index, : len(work.sequence.pages)] = work.sequence.pages
-        return _Batch(
-            torch.tensor(token),
-            torch.tensor(position, dtype=torch.int32),
-            torch.tensor(row, dtype=torch.int32),
-            torch.from_numpy(table_BX),
-            first_row,
-        )
+    def _way(self) -> Way:
+        if self.speculation is None:
+            return "off"
+        return self.speculation.gauge.way(max(self.scheduler.num_decoding, 1))
 
-    def _run(self, planned: Many[Work], batch: _Batch, hidden_MD: Tensor | None) -> Tensor:
+    def _run(self, planned: Many[Work], batch: Batch, hidden_MD: Tensor | None) -> Tensor:
         """Logits of the works that draw: after their last token, and after each guess."""
         last = [
             first + work.count - 1 + guess
@@ -291,140 +253,75 @@ class ServingEngine:
             batch.token_M,
             batch.position_M,
             batch.sequence_M,
-            self.pool_LPTW[: self.model.config.num_hidden_layers],
+            self._main_LPTW,
             output_row=torch.tensor(last, dtype=torch.int32),
             table_BX=batch.table_BX,
             hidden_out=hidden_MD,
         )
 
-    def _draw(self, planned: Many[Work], logit_NV: Tensor) -> tuple[list[TokenEvent], dict[int, dict[int, int]]]:
-        """A token for every work that draws, and another one for every guess that was right; the guesses accepted by request
-        and sample."""
+    def _draw(self, planned: Many[Work], logit_NV: Tensor) -> list[TokenEvent]:
+        """A token for every work that draws, and another one after every guess that was right."""
         events: list[TokenEvent] = []
-        accepted: dict[int, dict[int, int]] = {}
-        going: list[tuple[_Sample, tuple[int, ...], int]] = []
+        accepted = [0] * len(planned)
+        going: list[tuple[int, int]] = []
         line = 0
-        for work in planned:
+        for index, work in enumerate(planned):
             if work.draws:
-                assert isinstance(work.sequence, _Sample)
-                going.append((work.sequence, work.draft, line))
+                going.append((index, line))
                 line += 1 + len(work.draft)
         while going:
-            lines = torch.tensor([line for _, _, line in going])
-            drawn = self._draw_lines([sample for sample, _, _ in going], logit_NV[lines])
+            samples = [_sample(planned[index]) for index, _ in going]
+            lines_NV = logit_NV if len(going) == len(logit_NV) else logit_NV[[line for _, line in going]]
             still = []
-            for (sample, draft, line), each in zip(going, drawn):
-                event = self._event(sample, each)
-                events.append(event)
+            for (index, line), sample, drawn in zip(going, samples, draw(samples, lines_NV)):
+                events.append(event := take(sample, drawn))
+                self._count(sample, event)
+                draft = planned[index].draft[accepted[index] :]
                 if draft and event.finish_reason is None and event.token_id == draft[0]:
-                    by_sample = accepted.setdefault(sample.request_id, {})
-                    by_sample[sample.sample] = by_sample.get(sample.sample, 0) + 1
-                    still.append((sample, draft[1:], line + 1))
+                    accepted[index] += 1
+                    still.append((index, line + 1))
             going = still
-        return events, accepted
+        for work, right in zip(planned, accepted):
+            self.scheduler.done(work, right)
+            if work.draft and self.speculation:
+                self.speculation.gauge.count(len(work.draft), right)
+        return events
 
-    def _draw_lines(self, samples: list[_Sample], logit_NV: Tensor) -> list[_Drawn]:
-        """One token for each sample from its line of logits."""
-        params = [sample.request.sampling for sample in samples]
-        top: list[list[tuple[int, float]]] = [[] for _ in samples]
-        if any(each.top_logprobs for each in params):
-            top = top_logprobs(logit_NV, max(each.top_logprobs for each in params))
-        failed = self._apply_rules(samples, logit_NV)
-        rows = RowSampling(
-            temperature_N=torch.tensor([each.temperature for each in params]),
-            top_p_N=torch.tensor([each.top_p for each in params]),
-            top_k_N=torch.tensor([each.top_k for each in params]),
-            seed_N=np.array([sample.seed for sample in samples], dtype=np.uint64),
-        )
-        drawn_N = torch.tensor([sample.drawn for sample in samples])
-        token_N, logprob_N, finite_N = (column.tolist() for column in sample_tokens(logit_NV, rows, drawn_N))
-        return [
-            _Drawn(token, logprob, finite and sample not in failed, likely[: each.top_logprobs])
-            for sample, token, logprob, finite, likely, each in zip(samples, token_N, logprob_N, finite_N, top, params)
-        ]
-
-    def _draft(self, planned: Many[Work], batch: _Batch, hidden_MD: Tensor) -> None:
-        """Guess on for everybody who goes on decoding, and keep the drafter's latents of all rows whose next token is known."""
-        assert self.drafter is not None
-        rows: list[int] = []
-        following: list[int] = []
-        guessing: list[_Sample] = []
-        last: list[int] = []
-        for first, work in zip(batch.first_row, planned):
-            sample = work.sequence
-            assert isinstance(sample, _Sample)
-            count = min(sample.computed, len(sample.token_ids) - 1) - work.start
-            rows += range(first, first + count)
-            following += sample.token_ids[work.start + 1 : work.start + 1 + count]
-            sample.draft = []
-            if count and work.draws and self._may_guess(sample):
-                guessing.append(sample)
-                last.append(len(rows) - 1)
-        if not rows:
+    def _guess(
+        self,
+        planned: Many[Work],
+        batch: Batch,
+        hidden_MD: Tensor | None,
+        way: Way,
+        num_events: int,
+        started_s: float,
+    ) -> None:
+        """Guess for the next step, and tell the gauge how this one went."""
+        if self.speculation is None or hidden_MD is None:
             return
-        picked = torch.tensor(rows)
-        guess_N = self.drafter.draft(
-            hidden_MD[picked],
-            torch.tensor(following),
-            batch.position_M[picked],
-            batch.sequence_M[picked],
-            self.pool_LPTW[self.model.config.num_hidden_layers :],
-            output_row=torch.tensor(last, dtype=torch.int32),
-            table_BX=batch.table_BX,
-        )
-        for sample, guess in zip(guessing, guess_N.tolist()):
-            sample.draft = [guess]
+        drawn_s = time.perf_counter()
+        self.speculation.guess(planned, batch, hidden_MD, self._ahead_1PTW)
+        ended_s = time.perf_counter()
+        # Texts whose beginning the module has not read are not guessed on: a step of theirs says nothing about guessing.
+        counts = way == "plain" or 2 * sum(bool(work.draft) for work in planned) >= len(planned)
+        if counts and all(work.draws and work.count == 1 for work in planned):
+            self.speculation.gauge.note(
+                way,
+                sequences=len(planned),
+                tokens=num_events,
+                seconds=ended_s - started_s,
+                drafting_s=ended_s - drawn_s,
+            )
 
-    def _may_guess(self, sample: _Sample) -> bool:
-        """Whether a second token could be drawn next; rules look at every token before the next, so they decode plainly."""
-        params = sample.request.sampling
-        plain = params.rules is None and sample.constraint is None
-        return plain and sample.drawn + 1 < params.max_tokens and sample.token_ids[-1] not in sample.stop
-
-    def _apply_rules(self, samples: list[_Sample], logit_NV: Tensor) -> list[_Sample]:
-        """Apply rules and forms to the rows that have any, in place; returns the samples whose form broke."""
-        failed = []
-        for row, sample in enumerate(samples):
-            rules = sample.request.sampling.rules
-            if rules is None and sample.constraint is None:
-                continue
-            try:
-                logit_NV[row] = apply_rules(
-                    logit_NV[row],
-                    rules,
-                    sample.constraint,
-                    prompt_ids=sample.token_ids[: sample.prompt_tokens],
-                    generated_ids=sample.token_ids[sample.prompt_tokens :],
-                    stop_ids=sample.stop,
-                    temperature=sample.request.sampling.temperature,
-                )
-            except RequestError:
-                failed.append(sample)
-        return failed
-
-    def _event(self, sample: _Sample, drawn: _Drawn) -> TokenEvent:
-        if drawn.is_fine:
-            sample.token_ids.append(drawn.token)
-            self._generated += 1
-            if sample.constraint is not None:
-                sample.constraint.advance(drawn.token)
-        full = sample.drawn >= sample.request.sampling.max_tokens
-        reason: FinishReason | None = "stop" if drawn.token in sample.stop else "length" if full else None
-        if sample.siblings:
-            for sibling in reversed(sample.siblings):
-                self.scheduler.add(sibling, first=True)
-            sample.siblings = []
+    def _count(self, sample: Sample, event: TokenEvent) -> None:
+        """Keep the counters, and let a sample's siblings start when its prompt has been read."""
+        self._generated += event.token_id is not None
+        self._corrupted += event.finish_reason == "error"
+        for sibling in reversed(sample.siblings):
+            self.scheduler.add(sibling, first=True)
+        sample.siblings = []
         if sample.sample == 0 and sample.drawn == 1:
             self._found_tokens += sample.found_tokens
-        return TokenEvent(
-            request_id=sample.request_id,
-            sample=sample.sample,
-            token_id=drawn.token if drawn.is_fine else None,
-            logprob=drawn.logprob,
-            finish_reason=reason if drawn.is_fine else "error",
-            top=tuple(drawn.likely),
-            found_tokens=sample.found_tokens,
-        )
 
     def _end(self, event: TokenEvent) -> None:
         mine = self._samples.get(event.request_id, [])
@@ -434,58 +331,24 @@ class ServingEngine:
         if not mine:
             self._samples.pop(event.request_id, None)
 
-    def _keys_up_to(self, sample: _Sample, num_units: int) -> list[bytes]:
-        """Keys of the first full units, each made once."""
-        keys = sample.unit_keys
-        while len(keys) < num_units:
-            unit = sample.token_ids[len(keys) * UNIT_TOKENS : (len(keys) + 1) * UNIT_TOKENS]
-            keys.append(unit_key(keys[-1] if keys else sample.identity.root, unit))
-        return keys[:num_units]
-
     def _look_up(self, sequence: Sequence) -> Found:
-        """The sequence's next units out of RAM, then from disk; its last token is always computed anew."""
-        assert isinstance(sequence, _Sample)
-        have = len(sequence.pages)
-        keys = self._keys_up_to(sequence, (len(sequence.token_ids) - 1) // UNIT_TOKENS)
-        pages = self.prefix.match(keys[have:])
-        if self.disk is None:
-            return Found(pages)
-        room = max(LOAD_BYTES // self.unit_bytes, 1)
-        for index in range(have + len(pages), len(keys)):
-            if room == 0:
-                return Found(pages, is_more=True)
-            page = self._load(keys[index], keys[index - 1] if index else None)
-            if page is None:
-                break
-            pages.append(page)
-            room -= 1
-        return Found(pages)
+        """What the caches have of a sequence; found units count as complete for the prediction module too."""
+        have = len(sequence.pages) * UNIT_TOKENS
+        found = self.cache.look_up(sequence)
+        assert isinstance(sequence, Sample)
+        if sequence.ahead >= have:
+            sequence.ahead = have + len(found.pages) * UNIT_TOKENS
+        return found
 
-    def _load(self, key: bytes, parent: bytes | None) -> int | None:
-        """A page filled from disk and known to the prefix cache; None when disk has not got it or RAM no room."""
-        assert self.disk is not None
-        if not self.disk.get_into(key, memoryview(self._unit.view(torch.uint8).numpy().data).cast("B")):
-            return None
-        if self.pool.num_free == 0:
-            self.prefix.evict(1)
-        if self.pool.num_free == 0:
-            return None
-        (page,) = self.pool.allocate(1)
-        self.pool_LPTW[:, page] = self._unit
-        self.prefix.insert([key], [page], parent=parent)
-        return page
 
-    def _offer_units(self, sequence: Sequence) -> None:
-        """Make the units that became full known to RAM and disk."""
-        assert isinstance(sequence, _Sample)
-        full = sequence.computed // UNIT_TOKENS
-        first = sequence.cached_units
-        if full <= first:
-            return
-        known = self._keys_up_to(sequence, full)
-        keys, pages = known[first:], sequence.pages[first:full]
-        self.prefix.insert(keys, pages, parent=known[first - 1] if first else None)
-        sequence.cached_units = full
-        if self.disk is not None:
-            for key, page in zip(keys, pages):
-                self.disk.put(key, self.pool_LPTW[:, page].contiguous().view(torch.uint8).numpy().tobytes())
+def _empty_pool(model: PackedModel, num_layers: int, cache_bytes: int) -> Tensor:
+    """Pages for so many bytes, `[layers, pages, 64, latent + rotary]`, two at least."""
+    dtype = torch.float32 if model.format == "f32" else torch.bfloat16
+    page_bytes = num_layers * UNIT_TOKENS * model.config.cache_width * dtype.itemsize
+    num_pages = max(cache_bytes // page_bytes, 2)
+    return torch.zeros(num_layers, num_pages, UNIT_TOKENS, model.config.cache_width, dtype=dtype)
+
+
+def _sample(work: Work) -> Sample:
+    assert isinstance(work.sequence, Sample)
+    return work.sequence

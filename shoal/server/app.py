@@ -21,10 +21,11 @@ from shoal.server.access import ANYBODY, Access, Account, Turnstile
 from shoal.server.body import BodyError, parse_json
 from shoal.server.chat import ChatCompletion
 from shoal.server.completions import TextCompletion
+from shoal.server.engine_numbers import serving_numbers
 from shoal.server.generation import ServedModel
 from shoal.server.guard import Guard, TooLargeError
 from shoal.server.ledger import BalanceError
-from shoal.server.metrics import CONTENT_TYPE, Metrics
+from shoal.server.metrics import CONTENT_TYPE, Metrics, Number
 from shoal.server.plan_pages import plan_router
 from shoal.server.schemas import ChatRequest, TextRequest, TokenizeRequest
 from shoal.server.streaming import stream_response, whole_response
@@ -79,25 +80,14 @@ def build_app(served: ServedModel, options: ServerOptions | None = None) -> Fast
     return app
 
 
-def engine_numbers(served: ServedModel) -> dict[str, float]:
+def engine_numbers(served: ServedModel) -> dict[str, Number]:
     """What the engine says of itself, by vLLM's names."""
     stats = getattr(served.worker.engine, "stats", None)
-    numbers: dict[str, float] = {
+    numbers: dict[str, Number] = {
         "num_requests_open": served.worker.num_open,
         "engine_restarts_total": served.worker.restarts,
     }
-    if stats is not None:
-        numbers |= {
-            "num_requests_running": stats.running,
-            "num_requests_waiting": stats.waiting,
-            "num_preemptions_total": stats.preemptions,
-            "kv_cache_usage_perc": 1 - stats.pages_free / stats.pages_total,
-            "prompt_tokens_total": stats.prompt_tokens,
-            "generation_tokens_total": stats.generated_tokens,
-            "prefix_cache_queries_total": stats.prompt_tokens,
-            "prefix_cache_hits_total": stats.found_tokens,
-        }
-    return numbers
+    return numbers if stats is None else numbers | serving_numbers(stats)
 
 
 def _add_pages(app: FastAPI, served: ServedModel) -> None:

@@ -15,7 +15,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIME_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 300, 600)
 TOKEN_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
-EngineNumbers = Callable[[], dict[str, float]]
+Number = float | tuple[str, dict[str, float]]
+"""A number, or the name of a label and a number for each of its values."""
+EngineNumbers = Callable[[], dict[str, Number]]
 """Current numbers by vLLM's names without prefix; those that end in `_total` are counters."""
 
 
@@ -79,6 +81,9 @@ class _EngineCollector(Collector):
         """One family per number."""
         for name, value in self.numbers().items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"vllm:{name.removesuffix('_total')}", name.replace("_", " "), labels=("model_name",))
-            family.add_metric((self.model_name,), value)
+            label, values = value if isinstance(value, tuple) else (None, {"": value})
+            labels = ("model_name",) if label is None else ("model_name", label)
+            family = kind(f"vllm:{name.removesuffix('_total')}", name.replace("_", " "), labels=labels)
+            for which, number in values.items():
+                family.add_metric((self.model_name, which)[: len(labels)], number)
             yield family

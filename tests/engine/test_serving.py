@@ -12,12 +12,12 @@ from shoal.engine.packed_model import PackedModel
 from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity
 from shoal.engine.request import Request, SamplingParams
 from shoal.engine.serving import ServingConfig, ServingEngine
-from shoal.engine.speculative import TRIAL_STEPS, Drafter, SpeculationGauge
 from shoal.errors import RequestError
 from shoal.kernels.cpu.build import library
 from shoal.model.layers import set_compute_dtype
 from shoal.model.transformer import Transformer, initialise
 from shoal.presets import preset
+from tests.engine.running import generate
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the simple engine serves")
 
@@ -53,26 +53,10 @@ def expected(model, requests):
 
 def serving(model, **sizes):
     return ServingEngine(
-        PackedModel(CONFIG, model.state_dict().__getitem__, "bf16"), ServingConfig(**sizes), identity=IDENTITY
+        PackedModel(CONFIG, model.state_dict().__getitem__, "bf16"),
+        ServingConfig(**{"cache_bytes": 1 << 24} | sizes),
+        identity=IDENTITY,
     )
-
-
-def generate(engine, requests):
-    """Tokens of every sample, and what the caches gave for each request."""
-    ids = [engine.add(request) for request in requests]
-    tokens = {
-        request_id: [[] for _ in range(request.sampling.num_samples)] for request_id, request in zip(ids, requests)
-    }
-    found = dict.fromkeys(ids, 0)
-    steps = 0
-    while not engine.is_idle:
-        steps += 1
-        assert steps < 5000
-        for event in engine.step():
-            tokens[event.request_id][event.sample].append(event.token_id)
-            if event.sample == 0:
-                found[event.request_id] = max(found[event.request_id], event.found_tokens)
-    return [tokens[request_id] for request_id in ids], [found[request_id] for request_id in ids]
 
 
 def pages(count):
@@ -189,7 +173,7 @@ def test_scores_that_are_not_finite_end_that_request_alone(model, requests):
     state = dict(model.state_dict())
     state["embed_tokens.weight"] = state["embed_tokens.weight"].clone()
     state["embed_tokens.weight"][299] = float("nan")
-    engine = ServingEngine(PackedModel(CONFIG, state.__getitem__, "bf16"))
+    engine = ServingEngine(PackedModel(CONFIG, state.__getitem__, "bf16"), ServingConfig(cache_bytes=1 << 24))
     bad = engine.add(Request(prompt_ids=(1, 299, 2), sampling=SamplingParams(max_tokens=4)))
     good = engine.add(Request(prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4, temperature=0.0)))
     events = []
@@ -202,53 +186,3 @@ def test_scores_that_are_not_finite_end_that_request_alone(model, requests):
     while not alone.is_idle:
         expected += [event.token_id for event in alone.step()]
     assert [event.token_id for event in events if event.request_id == good] == expected
-
-
-def test_guesses_change_no_token_greedy_or_sampled(model, requests, expected):
-    source = model.state_dict().__getitem__
-    packed = PackedModel(CONFIG, source, "bf16")
-    engine = ServingEngine(packed, identity=IDENTITY, drafter=Drafter(packed, source))
-    engine.gauge.wants_drafts = lambda: True
-    for _ in range(2):
-        assert generate(engine, requests)[0] == expected
-    assert engine.stats.drafted > 100
-
-
-def test_the_drafter_guesses_what_the_prediction_module_says(model):
-    """The packed drafter against the module in PyTorch, on the same text."""
-    source = model.state_dict().__getitem__
-    packed = PackedModel(CONFIG, source, "f32")
-    engine = ServingEngine(packed, drafter=Drafter(packed, source))
-    engine.gauge.wants_drafts = lambda: True
-    prompt = [7, 1, 250, 33, 9, 18]
-    set_compute_dtype(model, None)
-    try:
-        engine.add(Request(prompt_ids=tuple(prompt), sampling=SamplingParams(max_tokens=30, temperature=0.0)))
-        for _ in range(8):
-            engine.step()
-            (sample,) = engine.scheduler.running
-            token_BS = torch.tensor([sample.token_ids])
-            with torch.no_grad():
-                ahead_BSD = model.predict_ahead(model(token_BS), token_BS)[0]
-                # Position i of the module stands for what follows token i + 1.
-                expected = int(model.logits(ahead_BSD[0, len(sample.token_ids) - 2]).argmax())
-            assert sample.draft == [expected]
-    finally:
-        set_compute_dtype(model, torch.bfloat16)
-
-
-def test_the_gauge_keeps_guessing_only_where_it_gains():
-    for seconds_with, uses in ((1.0, True), (2.5, False)):
-        gauge = SpeculationGauge()
-        for _ in range(2 * TRIAL_STEPS):
-            guesses = gauge.wants_drafts()
-            gauge.note(
-                with_drafts=guesses,
-                seconds=seconds_with if guesses else 1.0,
-                tokens=2 if guesses else 1,
-                drafted=int(guesses),
-                accepted=int(guesses),
-            )
-        assert gauge.wants_drafts() == uses
-        assert gauge.gain == pytest.approx(2 / seconds_with)
-        assert gauge.acceptance == 1

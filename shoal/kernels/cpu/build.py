@@ -55,13 +55,10 @@ def build() -> Path:
     Raises:
         OSError, subprocess.SubprocessError: no compiler, or it failed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
-    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
-    identity = (sources, FLAGS, compiler, platform.machine(), describe_machine())
-    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    target = cache_dir() / f"kernels-{digest}.so"
+    target = cache_dir() / f"kernels-{kernels_digest()}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +70,22 @@ def build() -> Path:
     return target
 
 
+def kernels_digest() -> str:
+    """Digest of everything that decides the kernels' results: source, flags, compiler, processor."""
+    sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
+    machine = describe_machine()
+    identity = (sources, FLAGS, _compiler(), platform.machine(), machine.processor, machine.instructions)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+
+
 def cache_dir() -> Path:
     """Where compiled kernels are kept between runs."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "shoal"
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _load(path: Path) -> ctypes.CDLL:
