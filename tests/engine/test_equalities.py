@@ -75,7 +75,9 @@ def test_neighbours_may_join_and_leave(trained, packed, requests, expected):
     def between(step):
         if step < 60 and step % 2:
             prompt = tuple(trained.token_ids[:: rng.randint(2, 9)][: rng.randint(1, 150)])
-            guests.append(engine.add(Request(prompt_ids=prompt, sampling=SamplingParams(max_tokens=rng.randint(1, 30)))))
+            guests.append(
+                engine.add(Request(prompt_ids=prompt, sampling=SamplingParams(max_tokens=rng.randint(1, 30))))
+            )
         if step % 5 == 0 and guests:
             engine.cancel(guests.pop(rng.randrange(len(guests))))
 

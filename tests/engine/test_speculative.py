@@ -56,7 +56,9 @@ def test_guesses_change_no_token_greedy_or_sampled(trained, num_guesses, tempera
     for _ in range(2):  # the second time from the cache
         assert generate(engine, requests)[0] == expected
     assert engine.stats.drafted[0] > 100
-    assert engine.speculation.gauge.acceptance() > (0.15 if temperature else 0.3), "a trained module is right often enough to test both ways"
+    assert engine.speculation.gauge.acceptance() > (0.15 if temperature else 0.3), (
+        "a trained module is right often enough to test both ways"
+    )
     assert sorted(engine.stats.accepted, reverse=True) == list(engine.stats.accepted), "a later guess needs the earlier"
 
 
