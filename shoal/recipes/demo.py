@@ -6,36 +6,27 @@ and keeps every stage.
 """
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from shoal.checkpoint.hf_format import load_model, save_model
 from shoal.config import ModelConfig
 from shoal.engine.engine import Engine
 from shoal.log import say
-from shoal.model.layers import compute_dtype, set_compute_dtype
-from shoal.model.transformer import Transformer, initialise
+from shoal.model.transformer import Transformer
 from shoal.presets import preset
-from shoal.recipes.problem_corpus import CorpusConfig, Document, write_corpus
-from shoal.recipes.run import Run, only_run, write_json
+from shoal.recipes.document_training import train_on_documents, train_tokenizer, write_documents
+from shoal.recipes.model_run import ModelRun
+from shoal.recipes.problem_corpus import CorpusConfig, write_corpus
+from shoal.recipes.run import only_run, write_json
 from shoal.report import write_report
 from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, random_reward
-from shoal.rl.rollout import Prompter
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import problems
-from shoal.text.chat_template import ChatTemplate
-from shoal.text.loader import Loader, evaluation_batches
-from shoal.text.shards import Shards, ShardWriter
-from shoal.text.tokenizer import Tokenizer
-from shoal.training.evaluate import evaluate, token_byte_lengths
-from shoal.training.loop import TrainingConfig, train
+from shoal.training.loop import TrainingConfig
 from shoal.training.optimizer import OptimizerConfig
 from shoal.training.schedule import Schedule
 
@@ -129,12 +120,13 @@ class _Demo:
 
     def __init__(self, run_dir: Path, config: DemoConfig) -> None:
         self.config, self.dir = config, run_dir
-        self.run_log = Run(run_dir, {"recipe": "demo", "seed": config.pretraining.seed, **asdict(config)})
+        settings = {"recipe": "demo", "seed": config.pretraining.seed, **asdict(config)}
+        self.models = ModelRun(run_dir, settings, config.estimates_s, config.rl.precision)
         self.task = TASKS[config.corpus.family]
 
     def run(self, *, controls: bool) -> DemoResult:
         """The recipe from data to report."""
-        self._stage("data", "write the corpus, train the tokenizer", self._make_tokenizer)
+        self.models.stage("data", "write the corpus, train the tokenizer", self._make_tokenizer)
         self._make_base("base", self.config.corpus)
         for seed in self.config.rl_seeds:
             self._reinforce(f"rl-{seed}", seed, "base", R1_ZERO_REWARDS)
@@ -144,32 +136,27 @@ class _Demo:
             self._reinforce("rl-random-reward", seed, "base", (coin, *R1_ZERO_REWARDS[1:]))
             self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
             self._reinforce("rl-no-worked", seed, "base-no-worked", R1_ZERO_REWARDS)
-        with self.run_log.stage("report", "write the report"):
+        with self.models.log.stage("report", "write the report"):
             self._write_evaluation()
             self._export_chat_model()
         paths = write_report(self.dir)
         return DemoResult(run_dir=self.dir, model_dir=self.dir / "model", report=paths.html)
 
-    def _stage(self, name: str, title: str, work: Callable[[dict[str, Any]], None]) -> None:
-        if self.run_log.is_done(name):
-            say(f"[{name}] already done")
-            return
-        with self.run_log.stage(name, title, self.config.estimates_s.get(name.split("-")[0])) as facts:
-            work(facts)
-
     def _make_base(self, base: str, corpus: CorpusConfig) -> None:
         """Data, pretraining and evaluation of one base model."""
         suffix = base.removeprefix("base")
-        self._stage(
+        self.models.stage(
             f"shards{suffix}", "tokenise the corpus into shards", lambda facts: self._write_shards(facts, base, corpus)
         )
-        self._stage(f"pretrain{suffix}", "pretrain the base from scratch", lambda facts: self._pretrain(facts, base))
-        self._stage(
+        self.models.stage(
+            f"pretrain{suffix}", "pretrain the base from scratch", lambda facts: self._pretrain(facts, base)
+        )
+        self.models.stage(
             f"evaluate{suffix}", "measure the base on held-out problems", lambda facts: self._evaluate(facts, base)
         )
 
     def _reinforce(self, name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
-        self._stage(
+        self.models.stage(
             name,
             "R1-Zero: reward alone, no worked solution shown",
             lambda facts: self._rl(facts, name, seed, base, rewards),
@@ -177,19 +164,18 @@ class _Demo:
 
     def _make_tokenizer(self, facts: dict[str, Any]) -> None:
         documents = write_corpus(replace(self.config.corpus, documents=TOKENIZER_DOCUMENTS))
-        texts = [f"{document.question or ''}\n{document.response}" for document in documents]
-        tokenizer = Tokenizer.train(_without_tags(texts), self.config.vocab_size)
+        tokenizer = train_tokenizer(documents, self.config.vocab_size)
         tokenizer.save(self.dir / "tokenizer")
         facts["result"] = f"{tokenizer.vocab_size} tokens"
 
     def _write_shards(self, facts: dict[str, Any], base: str, corpus: CorpusConfig) -> None:
         """Held-out and training shards of one corpus."""
-        tokenizer = self._tokenizer()
-        template = ChatTemplate.default(tokenizer)
+        tokenizer = self.models.tokenizer()
+        template = self.models.template()
         documents = list(write_corpus(corpus))
         held_out, training = documents[:HELD_OUT_DOCUMENTS], documents[HELD_OUT_DOCUMENTS:]
-        facts["tokens"] = _write_documents(self.dir / "shards" / base / "train", training, tokenizer, template)
-        _write_documents(self.dir / "shards" / base / "held_out", held_out, tokenizer, template)
+        facts["tokens"] = write_documents(self.dir / "shards" / base / "train", training, tokenizer, template)
+        write_documents(self.dir / "shards" / base / "held_out", held_out, tokenizer, template)
         problems_read = [document for document in documents if document.question is not None]
         worked = sum("<think></think>" not in document.response for document in problems_read) / max(
             len(problems_read), 1
@@ -199,51 +185,39 @@ class _Demo:
         )
 
     def _pretrain(self, facts: dict[str, Any], base: str) -> None:
-        tokenizer = self._tokenizer()
-        opened = {
-            name: Shards.open(self.dir / "shards" / base / name, expected_digest=tokenizer.digest)
-            for name in ("train", "held_out")
-        }
-        model = Transformer(self._model_config(tokenizer))
-        initialise(model, self.config.pretraining.seed)
-        bytes_of_token = token_byte_lengths(tokenizer)
-        layout: dict[str, Any] = {
-            "row_tokens": self.config.row_tokens,
-            "mode": "pack",
-            "pad_token": tokenizer.pad_token_id,
-        }
-        loader = Loader(opened["train"], batch_rows=self.config.batch_rows, seed=self.config.pretraining.seed, **layout)
-        result = train(
+        tokenizer = self.models.tokenizer()
+        model = self.models.new(self.config.model, self.config.pretraining.seed)
+        result = train_on_documents(
             model,
             self.config.pretraining,
-            loader,
+            self.dir / "shards" / base,
+            tokenizer,
             self.dir,
             stage=base.replace("base", "pretrain"),
-            evaluate=lambda: evaluate(
-                model, evaluation_batches(opened["held_out"], batch_rows=64, **layout), bytes_of_token
-            ),
+            batch_rows=self.config.batch_rows,
+            row_tokens=self.config.row_tokens,
         )
-        save_model(self.dir / base, model.config, model.state_dict(), dtype=torch.float32)
+        self.models.save(base, model)
         facts["tokens"] = result.tokens
         if result.evaluation:
             held_out = result.evaluation
             facts["result"] = f"held-out loss {held_out.loss:.3f} nats, {held_out.bits_per_byte:.3f} bits per byte"
 
     def _evaluate(self, facts: dict[str, Any], base: str) -> None:
-        skill = self._measure(self._load(base))
+        skill = self._measure(self.models.load(base))
         write_json(self.dir / f"skill-{base}.json", skill.to_dict())
         facts["result"] = _describe(skill)
         if not may_lengthen(skill):
             say("  the gate fails: showing work does not pay on this base, so reward will not lengthen answers")
 
     def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
-        model = self._load(base)
+        model = self.models.load(base)
         config = replace(self.config.rl, seed=seed)
         asked = problems(self.task, "rl", self.config.rl_problems, self.config.corpus.difficulty, seed=0)
-        train_grpo(model, config, asked, self._prompter(), self.dir, stage=name, rewards=rewards)
+        train_grpo(model, config, asked, self.models.prompter(), self.dir, stage=name, rewards=rewards)
         skill = self._measure(model)
         write_json(self.dir / f"skill-{name}.json", skill.to_dict())
-        save_model(self.dir / name, model.config, model.state_dict(), dtype=torch.float32)
+        self.models.save(name, model)
         facts["result"] = _describe(skill)
 
     def _write_evaluation(self) -> None:
@@ -261,7 +235,7 @@ class _Demo:
                 ("random reward", "base", "rl-random-reward"),
                 ("no worked solutions in the base", "base-no-worked", "rl-no-worked"),
             )
-            if self.run_log.is_done(stage)
+            if self.models.log.is_done(stage)
         ]
         facts = {"family": self.config.corpus.family, "samples_per_problem": self.config.samples_per_problem}
         gathered = {
@@ -280,24 +254,18 @@ class _Demo:
 
     def _export_chat_model(self) -> None:
         """The first seed's model as a self-contained directory, with what its page suggests."""
-        config, state = load_model(self.dir / f"rl-{self.config.rl_seeds[0]}")
-        target = self.dir / "model"
-        save_model(target, config, state, dtype=torch.float32)
-        tokenizer = self._tokenizer()
-        tokenizer.save(target)
-        ChatTemplate.default(tokenizer).save(target)
         card = {
             "name": "shoal-demo",
             "description": f"Trained from scratch on this machine, on one thing: {self.task.description}",
             "suggestions": [problem.prompt for problem in self._held_out()[:4]],
             "max_tokens": self.config.max_answer_tokens,
         }
-        write_json(target / "shoal.json", card)
+        self.models.export(f"rl-{self.config.rl_seeds[0]}", card)
 
     def _measure(self, model: Transformer) -> SkillReport:
         return measure_skill(
             Engine(model),
-            self._prompter(),
+            self.models.prompter(),
             self._held_out(),
             samples_per_problem=self.config.samples_per_problem,
             max_tokens=self.config.max_answer_tokens,
@@ -305,44 +273,6 @@ class _Demo:
 
     def _held_out(self) -> list[Problem]:
         return problems(self.task, "eval", self.config.held_out_problems, self.config.corpus.difficulty, seed=0)
-
-    def _load(self, name: str) -> Transformer:
-        config, state = load_model(self.dir / name)
-        model = Transformer(config)
-        model.load_state_dict(state)
-        set_compute_dtype(model, compute_dtype(self.config.rl.precision, model.embed_tokens.weight.device))
-        return model.eval()
-
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.dir / "tokenizer")
-
-    def _prompter(self) -> Prompter:
-        tokenizer = self._tokenizer()
-        return Prompter(tokenizer, ChatTemplate.default(tokenizer))
-
-    def _model_config(self, tokenizer: Tokenizer) -> ModelConfig:
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        return self.config.model.replace(vocab_size=tokenizer.vocab_size, **ids)
-
-
-def _write_documents(directory: Path, documents: list[Document], tokenizer: Tokenizer, template: ChatTemplate) -> int:
-    """Shard documents; questions carry no loss. Returns the number of tokens."""
-    writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
-    before, after = template.frame(tokenizer)
-    questions = tokenizer.encode_batch([d.question or "" for d in documents])
-    responses = tokenizer.encode_batch([d.response for d in documents], allow_special=True)
-    for document, question, response in zip(documents, questions, responses):
-        prompt = [tokenizer.bos_token_id] if document.question is None else [*before, *question, *after]
-        writer.add([*prompt, *response, tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(response) + 1))
-    return writer.close().num_tokens
-
-
-def _without_tags(texts: list[str]) -> Iterator[str]:
-    """Texts without the format's own tags, which are single tokens and must not be merged into others."""
-    for text in texts:
-        for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-            text = text.replace(tag, "\n")
-        yield text
 
 
 def _describe(skill: SkillReport) -> str:

@@ -44,6 +44,8 @@ class Document:
 
     question: str | None
     response: str
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns of the conversation: questions with the answers as a client sends them back."""
 
 
 def write_corpus(config: CorpusConfig) -> Iterator[Document]:
