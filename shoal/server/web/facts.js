@@ -41,6 +41,12 @@ export function rounded(value) {
   return size >= 100 ? value.toFixed(0) : Number(value.toPrecision(3)).toString();
 }
 
+// 1234567 as 1.23 M.
+export function counted(value) {
+  const power = Math.abs(value) < 1000 ? 0 : Math.min(6, Math.floor(Math.log10(Math.abs(value)) / 3));
+  return `${Number((value / 1000 ** power).toPrecision(3))} ${["", "k", "M", "G", "T", "P", "E"][power]}`.trimEnd();
+}
+
 export function energy(value_j) {
   return value_j >= 1000 ? `${rounded(value_j / 1000)} kJ` : `${rounded(value_j)} J`;
 }

@@ -2,7 +2,7 @@
 import { LineChart, Legend } from "./chart.js";
 import { connectionLost } from "./connection.js";
 import { byId, element, setText } from "./dom.js";
-import { duration, energy } from "./facts.js";
+import { counted, duration, energy } from "./facts.js";
 import { ExpertLoad } from "./heat_map.js";
 import { askForKey } from "./key_dialog.js";
 import { RunFeed } from "./run_feed.js";
@@ -87,7 +87,8 @@ export class RunsPage {
 
   draw() {
     const stages = [...new Set(this.lines.map((line) => line.stage).filter((stage) => typeof stage === "string"))];
-    const { charts, legend, heat, empty } = this.parts;
+    const { charts, legend, heat, empty, now } = this.parts;
+    setText(now, newest(this.lines.at(-1)));
     legend.update(stages);
     for (const { key, isOfRl, chart } of charts) {
       const series = stages.map((name, slot) => ({ name, slot, points: pointsOf(this.lines, name, key) }));
@@ -134,22 +135,32 @@ function runParts(redraw) {
     samples: new SamplesView(),
     heading: element("h2"),
     status: element("p", { class: "quiet status" }),
+    now: element("p", { class: "now" }),
     empty: element("p", { class: "quiet" }, "No metrics yet; the first lines come after a few steps."),
     stages: stageTable(),
   };
   for (const { chart } of charts) chart.root.hidden = true;
   for (const part of [parts.heat, parts.samples]) part.root.hidden = true;
   const figures = element("div", { class: "figures" }, ...charts.map(({ chart }) => chart.root));
-  const head = element("div", { class: "run-head" }, parts.heading, parts.status);
+  const head = element("div", { class: "run-head" }, parts.heading, parts.status, parts.now);
   parts.nodes = [head, parts.empty, parts.legend.root, figures, parts.heat.root, parts.stages, parts.samples.root];
   return parts;
 }
 
 function entry(run, current) {
-  const link = element("a", { "aria-current": run.name === current ? "true" : null, title: run.recipe || null }, run.name);
-  link.setAttribute("href", `#/runs/${encodeURIComponent(run.name)}`);
   const mark = run.is_live ? element("span", { class: "busy", role: "img", "aria-label": "going on" }) : null;
-  return element("li", {}, link, mark);
+  const link = element("a", { "aria-current": run.name === current ? "true" : null, title: run.recipe || null }, mark, run.name);
+  link.setAttribute("href", `#/runs/${encodeURIComponent(run.name)}`);
+  return element("li", {}, link);
+}
+
+// Where the run stands, by its last line.
+function newest({ stage, step, tokens, peak_memory_bytes: memory } = {}) {
+  if (typeof stage !== "string" || typeof step !== "number") return "";
+  const facts = [stage, `step ${step}`];
+  if (typeof tokens === "number") facts.push(`${counted(tokens)} tokens`);
+  if (typeof memory === "number") facts.push(`at most ${counted(memory)}B of memory`);
+  return facts.join(" · ");
 }
 
 function stageTable() {
