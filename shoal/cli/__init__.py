@@ -7,13 +7,13 @@ Users' mistakes end with one message and exit code 2; a traceback is a bug of ou
 import os
 import sys
 
-from shoal.cli import bench, convert, engine, machine, plan, recipes, rl, server, training
+from shoal.cli import bench, convert, engine, machine, plan, r1, recipes, rl, server, training
 from shoal.cli.root import app
 from shoal.errors import ShoalError
 
 __all__ = ["app", "main"]
 
-VERB_FILES = (recipes, training, rl, engine, server, convert, bench, plan, machine)
+VERB_FILES = (recipes, training, rl, r1, engine, server, convert, bench, plan, machine)
 """Importing a file adds its verbs."""
 
 

@@ -22,6 +22,7 @@ from shoal.planner.counts import (
     training_flops_per_token,
 )
 from shoal.report.figures import Series, bar_chart, heat_map, line_chart
+from shoal.report.pipeline import pipeline_section
 
 STYLE = """
 :root{--paper:#fbfaf7;--ink:#1d2327;--quiet:#626d73;--line:#dedad2;--card:#fff;--a:#0f5f73;--b:#b4541a;--c:#6b7f2a;--band:#0f5f7322}
@@ -68,6 +69,8 @@ class RunRecord:
     stages: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any]
+    pipeline: dict[str, Any]
+    """Models and findings of an R1 pipeline; empty for other runs."""
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
@@ -85,6 +88,7 @@ class RunRecord:
             stages=_json(run_dir / "stages.json"),
             metrics=metrics,
             evaluation=_json(run_dir / "evaluation.json"),
+            pipeline=_json(run_dir / "r1.json"),
         )
 
     def series(self, stage: str, key: str) -> list[tuple[float, float]]:
@@ -177,6 +181,8 @@ def _page(run: RunRecord, summary: Mapping[str, Any]) -> str:
     parts = [f"<h1>{_text(run.name)}</h1><p class=quiet>{_text(_origin(run))}</p>", _tiles(summary)]
     if "rl" in summary:
         parts.append(_rl_section(run, summary["rl"]))
+    if run.pipeline:
+        parts.append(pipeline_section(run.pipeline))
     parts += [
         _pretraining_section(run),
         _balance_section(run),
