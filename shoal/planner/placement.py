@@ -19,8 +19,10 @@ Differs from the published code: where groups do not divide over the nodes it si
 named and such a wish is refused. Loads are Python floats, not float32, so ties by rounding may fall otherwise.
 """
 
+import heapq
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -98,7 +100,7 @@ def place_experts(
         num_nodes=num_nodes,
         expert_of_slot=tuple(layers),
         gpu_of_slot=tuple(gpu_of_slot for _ in layers),
-        replica_counts=tuple(tuple(slots.count(expert) for expert in range(num_experts)) for slots in layers),
+        replica_counts=tuple(_counts(slots, num_experts) for slots in layers),
     )
 
 
@@ -153,11 +155,14 @@ def pack_evenly(loads: Sequence[float], num_packs: int) -> list[list[int]]:
     if room == 1:  # any order is as good; this one moves nothing
         return [[item] for item in range(num_packs)]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    totals = [0.0] * num_packs
+    lightest = [(0.0, pack) for pack in range(num_packs)]  # a heap, so ties go to the lower index
     for item in sorted(range(len(loads)), key=lambda item: -loads[item]):
-        lightest = min((pack for pack in range(num_packs) if len(packs[pack]) < room), key=totals.__getitem__)
-        packs[lightest].append(item)
-        totals[lightest] += loads[item]
+        total, pack = lightest[0]
+        packs[pack].append(item)
+        if len(packs[pack]) < room:
+            heapq.heapreplace(lightest, (total + loads[item], pack))
+        else:
+            heapq.heappop(lightest)
     return packs
 
 
@@ -165,10 +170,13 @@ def replicate(loads: Sequence[float], num_replicas: int) -> list[int]:
     """Expert of each replica: each expert once, in order, then the one with the largest load per replica again."""
     experts = list(range(len(loads)))
     counts = [1] * len(loads)
+    busiest = [(-load, expert) for expert, load in enumerate(loads)]
+    heapq.heapify(busiest)
     while len(experts) < num_replicas:
-        busiest = max(range(len(loads)), key=lambda expert: loads[expert] / counts[expert])
-        counts[busiest] += 1
-        experts.append(busiest)
+        expert = busiest[0][1]
+        counts[expert] += 1
+        experts.append(expert)
+        heapq.heapreplace(busiest, (-loads[expert] / counts[expert], expert))
     return experts
 
 
@@ -181,9 +189,15 @@ def _place_layer(
     for groups in pack_evenly([sum(load_E[expert] for expert in group) for group in members], num_nodes):
         experts = [expert for group in groups for expert in members[group]]
         held = [experts[i] for i in replicate([load_E[expert] for expert in experts], num_replicas // num_nodes)]
-        share = [load_E[expert] / held.count(expert) for expert in held]
+        copies = Counter(held)
+        share = [load_E[expert] / copies[expert] for expert in held]
         slots += [held[i] for pack in pack_evenly(share, num_gpus // num_nodes) for i in pack]
     return tuple(slots)
+
+
+def _counts(slots: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    copies = Counter(slots)
+    return tuple(copies[expert] for expert in range(num_experts))
 
 
 def _max_over_mean(loads: Sequence[float]) -> float:

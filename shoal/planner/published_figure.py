@@ -17,7 +17,7 @@ class PublishedFigure:
     tolerance_fraction: float = 0.0
     """How far the two may lie apart by the rounding of what was published."""
     not_recomputable: str = ""
-    """Why one of the two is missing; empty where both are there."""
+    """Why one of the two is missing or follows from nothing published; empty where ours should be equal."""
 
     @property
     def error_fraction(self) -> float | None:
@@ -32,14 +32,16 @@ class PublishedFigure:
 
     @property
     def verdict(self) -> str:
-        """`equal`, `within 0.3 %`, `differs by +5 %`, `not recomputable` or `nothing published`."""
+        """`equal`, `agrees, +0.3 %` (within the rounding of what was published), `differs by +5 %`, `not recomputable` (with how far ours is, where there is one) or `nothing published`."""
         error = self.error_fraction
         if error is None:
             return "nothing published" if self.published is None else "not recomputable"
+        if self.not_recomputable:
+            return f"not recomputable; ours {100 * error:+.2g} %"
         if abs(error) < 1e-9:
             return "equal"
         if abs(error) <= self.tolerance_fraction:
-            return f"within {100 * self.tolerance_fraction:.2g} %"
+            return f"agrees, {100 * error:+.2g} %"
         return f"differs by {100 * error:+.2g} %"
 
 

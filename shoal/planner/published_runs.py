@@ -18,7 +18,7 @@ from shoal.config import ModelConfig
 from shoal.planner.cost import training_cost
 from shoal.planner.hardware import Cluster, device
 from shoal.planner.published_figure import PublishedFigure
-from shoal.planner.rivals import RIVALS
+from shoal.planner.published_models import RIVALS
 from shoal.planner.training import implied_utilisation
 from shoal.presets import v2, v3
 

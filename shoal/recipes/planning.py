@@ -6,14 +6,17 @@ Mistral), and DeepSeek-V3.2 with its lightning indexer.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from shoal.checkpoint.hf_config import config_from_hf
 from shoal.config import ModelConfig
-from shoal.errors import ConfigError, did_you_mean
-from shoal.planner.rivals import RIVALS, Rival, rival, rival_of, with_indexer
+from shoal.errors import ConfigError, DataError, did_you_mean
+from shoal.log import read_metrics
+from shoal.planner.published_models import RIVALS, rival
+from shoal.planner.rivals import Rival, rival_of, with_indexer
 from shoal.presets import PRESETS
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -40,6 +43,34 @@ def open_model(text: str) -> Rival:
             "or give the path of a config.json, a model directory or a run directory."
         )
     return model_from_values(_read_object(path), path.parent.name or str(path), str(path))
+
+
+def is_run_directory(text: str) -> bool:
+    """Whether `text` names a run: a directory whose config.json is a recipe's, whatever else of it is missing."""
+    path = Path(text)
+    if text in RIVALS or text in PRESETS or not (path / "config.json").is_file():
+        return False
+    if (path / "metrics.jsonl").is_file() or (path / "stages.json").is_file():
+        return True
+    return "recipe" in _read_object(path / "config.json")
+
+
+def measured_loads(run_dir: Path) -> list[list[float]]:
+    """Share of tokens by layer and expert, over the whole of a run's last stage that wrote them.
+
+    Raises:
+        DataError: no metrics, or none with expert loads.
+    """
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    for line in reversed(lines):
+        loads = line.get("expert_load")
+        if isinstance(loads, list) and loads and all(_is_row(row) for row in loads):
+            return [[float(value) for value in row] for row in loads]
+    raise DataError(f"{run_dir}/metrics.jsonl holds no expert loads; name a run that trains a mixture of experts.")
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in row)
 
 
 def model_from_values(values: Mapping[str, Any], name: str, where: str) -> Rival:

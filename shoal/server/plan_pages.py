@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import Response
 
+from shoal.planner.claims.table import all_claims, claims_json
 from shoal.planner.hardware import DEVICES, parse_fit
 from shoal.planner.plan.charts import charts
 from shoal.planner.plan.compare import MOST_PLANS, compare
@@ -19,7 +20,7 @@ from shoal.planner.plan.question import ask
 from shoal.planner.plan.sensitivity import sensitivity
 from shoal.planner.plan.settings import CHOICES, REGIONS, SETTINGS, parse_settings
 from shoal.planner.plan.whole import Plan, make_plan
-from shoal.planner.rivals import RIVALS, rival
+from shoal.planner.published_models import RIVALS, rival
 from shoal.presets import PRESETS
 
 MAX_SETTINGS = 40
@@ -64,6 +65,10 @@ def plan_router() -> APIRouter:
     @router.get("/sensitivity")
     def plan_sensitivity(asked: AskedPlan, figure: Name = "") -> Response:
         return _answer(asdict(sensitivity(asked, figure or None)))
+
+    @router.get("/claims")
+    def plan_claims() -> Response:
+        return _answer({"claims": claims_json(all_claims())})
 
     @router.get("/compare")
     def plan_compare(

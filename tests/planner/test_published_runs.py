@@ -43,7 +43,7 @@ def test_no_figure_lies_further_off_than_its_own_tolerance() -> None:
     compared = [figure for figure in FIGURES.values() if figure.error_fraction is not None]
     assert len(compared) >= 19
     for figure in compared:
-        assert figure.verdict == "equal" or figure.verdict.startswith("within"), figure.name
+        assert figure.verdict == "equal" or figure.verdict.startswith("agrees"), figure.name
         assert figure.tolerance_fraction <= 0.05
 
 

@@ -20,7 +20,7 @@ from shoal.planner.deployment import (
     weight_bytes_per_device,
 )
 from shoal.planner.hardware import DEVICES, Cluster, cpu_device
-from shoal.planner.rivals import RIVALS
+from shoal.planner.published_models import RIVALS
 from shoal.planner.roofline import (
     decode_pass,
     expected_distinct_experts,

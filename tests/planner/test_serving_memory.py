@@ -13,7 +13,8 @@ from shoal.errors import ConfigError
 from shoal.planner.counts import cache_bytes_per_token, parameter_counts
 from shoal.planner.hardware import device, parse_fit
 from shoal.planner.memory import fits
-from shoal.planner.rivals import RIVALS, fp8_checkpoint
+from shoal.planner.published_models import RIVALS
+from shoal.planner.rivals import fp8_checkpoint
 from shoal.planner.serving_memory import (
     ServingPlan,
     fewest_devices,

@@ -11,7 +11,7 @@ from shoal.errors import ConfigError
 from shoal.planner.counts import parameter_counts, training_flops_per_token
 from shoal.planner.energy import PowerModel
 from shoal.planner.hardware import DEVICES, Cluster, device, parse_fit
-from shoal.planner.rivals import RIVALS
+from shoal.planner.published_models import RIVALS
 from shoal.planner.training import (
     compare_training,
     dense_twin,

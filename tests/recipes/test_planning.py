@@ -4,7 +4,7 @@ import pytest
 
 from shoal.checkpoint.hf_config import config_to_hf
 from shoal.errors import ConfigError
-from shoal.planner.rivals import rival
+from shoal.planner.published_models import rival
 from shoal.presets import PRESETS, v3
 from shoal.recipes.planning import MAX_CONFIG_BYTES, open_model
 

@@ -10,7 +10,7 @@ from shoal.planner.hardware import DEVICES
 from shoal.planner.plan.question import ask
 from shoal.planner.plan.settings import SETTINGS, parse_settings
 from shoal.planner.plan.whole import make_plan
-from shoal.planner.rivals import RIVALS, rival
+from shoal.planner.published_models import RIVALS, rival
 from shoal.presets import PRESETS
 from shoal.server.app import error_response
 from shoal.server.plan_pages import plan_router

@@ -11,7 +11,9 @@ from shoal.planner.plan.cost_of_serving import bill_of_day, deployment_of, speed
 from shoal.planner.plan.figure import Figure
 from shoal.planner.plan.whole import Plan
 from shoal.planner.prices import price_at
-from shoal.planner.rivals import Rival, kv_bytes_over_context
+from shoal.planner.published_models import kv_bytes_over_context
+from shoal.planner.rivals import Rival
+from shoal.planner.roofline import expert_parallel_limit
 from shoal.planner.service import over_hit_rate
 
 CONTEXTS = tuple(2**power for power in range(10, 21))
@@ -20,17 +22,21 @@ CONTEXTS = tuple(2**power for power in range(10, 21))
 BESIDE = ("v3", "v3.2", "v4-pro", "v4-flash", "qwen2.5-72b", "llama-3.1-405b", "llama-2-7b")
 """Models whose cache is drawn beside the planned one's."""
 
+LINKS_GB_PER_S = (12.5, 25, 50, 100, 200, 450, 900, 1800)
+"""From 100G Ethernet to NVLink, one direction."""
+
 HIT_FRACTIONS = tuple(step / 20 for step in range(21))
 
 
 def charts(plan: Plan) -> dict[str, Any]:
-    """All four, as JSON values; one that the plan cannot give is empty."""
+    """All of them, as JSON values; one that the plan cannot give is empty."""
     return {
         "training_by_part": training_by_part(plan),
         "serving_by_part": serving_by_part(plan),
         "memory_by_part": memory_by_part(plan),
         "kv_over_context": kv_over_context(plan.question.model),
         "cost_over_hit_rate": cost_over_hit_rate(plan),
+        "decode_limit_over_link": decode_limit_over_link(plan),
     }
 
 
@@ -116,6 +122,19 @@ def cost_over_hit_rate(plan: Plan) -> dict[str, Any]:
     price = price_at(question.settings.words["price_model"], now)
     points = over_hit_rate(price, now, cost_usd / missed if missed else 0.0, HIT_FRACTIONS)
     return {"price_model": price.model, "source": price.source, "points": [asdict(point) for point in points]}
+
+
+def decode_limit_over_link(plan: Plan) -> list[dict[str, Any]]:
+    """What expert traffic alone leaves of one sequence's speed, over the link of one device."""
+    config = plan.question.model.config
+    if config is None or config.n_routed_experts is None:
+        return []
+    tokens = plan.question.settings.whole("micro_batch_tokens")
+    limits = [(link, expert_parallel_limit(config, link * 1e9, micro_batch_tokens=tokens)) for link in LINKS_GB_PER_S]
+    return [
+        {"link_gb_per_s": link, "all_to_all_us": limit.all_to_all_us, "tokens_per_s": limit.tokens_per_s}
+        for link, limit in limits
+    ]
 
 
 def _memory(parts: Mapping[str, int], num_devices: int) -> dict[str, Any]:

@@ -172,6 +172,15 @@ def _limit_figures(question: Question, deployment: Deployment, found: Served) ->
     if config.n_routed_experts is not None and link:
         limit = expert_parallel_limit(config, link, micro_batch_tokens=settings.whole("micro_batch_tokens"))
         yield Figure(
+            name="all_to_all_us",
+            label="sending a micro-batch to its experts and back, one layer",
+            value=limit.all_to_all_us,
+            unit="us",
+            formula=f"3 bytes x micro_batch_tokens x (experts per token + shared) x hidden / {link:.3g} bytes/s",
+            inputs=("micro_batch_tokens",),
+            source="ISCA 2025 §2.3.2: FP8 out, bf16 back; 120.96 us at 50 GB/s with the hidden size rounded",
+        )
+        yield Figure(
             name="expert_parallel_limit_tokens_per_s",
             label="one sequence where nothing but expert traffic takes time",
             value=limit.tokens_per_s,

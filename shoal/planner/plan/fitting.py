@@ -67,16 +67,19 @@ def trained(question: Question) -> Trained | None:
     config, settings = question.model.config, question.settings
     if config is None:
         return None
-    plan = TrainingPlan(
-        recipe=question.recipe,
-        split=Split(shard=cast(Any, settings.words["shard"])),
-        micro_batch=settings.whole("micro_batch"),
-        sequence_tokens=settings.whole("sequence_tokens"),
-        recompute=cast(Any, settings.words["recompute"]),
-    )
     device, reserve = question.cluster.device, settings.value("reserve_fraction")
     most = MOST_TRAINING_DEVICES if device.link_bytes_per_s else 1
-    found = smallest_split(config, device, plan, max_devices=most, reserve_fraction=reserve)
+    named = settings.words["recompute"]
+    found = None
+    for recompute in ("selective", "full") if named == "auto" else (named,):
+        plan = TrainingPlan(
+            recipe=question.recipe,
+            split=Split(shard=cast(Any, settings.words["shard"])),
+            micro_batch=settings.whole("micro_batch"),
+            sequence_tokens=settings.whole("sequence_tokens"),
+            recompute=cast(Any, recompute),
+        )
+        found = found or smallest_split(config, device, plan, max_devices=most, reserve_fraction=reserve)
     chosen = found or plan
     if found is not None and question.is_hardware_given:  # more devices than the least share what can be shared
         chosen = _spread(found, question.cluster.count)
@@ -142,7 +145,7 @@ def _training_figures(question: Question, found: Trained) -> Iterator[Figure]:
     inputs = ("micro_batch", "sequence_tokens", "recipe", "recompute", "shard", "reserve_fraction")
     yield Figure(
         name="training_memory_bytes",
-        label=f"training, fullest of {split.num_devices} ({layout}; {plan.recipe.name})",
+        label=f"training, fullest of {split.num_devices} ({layout}; {plan.recipe.name}, {plan.recompute} recompute)",
         value=found.memory.total_bytes,
         unit="bytes",
         formula="weights + master weights + gradients + optimizer + gathered + activations + logits",

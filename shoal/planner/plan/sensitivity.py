@@ -54,7 +54,8 @@ def sensitivity(plan: Plan, name: str | None = None) -> Sensitivity:
     figure = plan.figure(chosen)
     if not isinstance(figure.value, int | float) or not figure.value:
         raise ConfigError(f"{chosen} is {figure.value!r}, no number that could be moved; name another figure.")
-    effects = sorted(_effects(plan, chosen, float(figure.value)), key=lambda one: -one.span_fraction)
+    moved = [one for one in _effects(plan, chosen, float(figure.value)) if one.span_fraction > 1e-9]  # less is rounding
+    effects = sorted(moved, key=lambda one: -one.span_fraction)
     return Sensitivity(figure=chosen, unit=figure.unit, value=float(figure.value), effects=tuple(effects))
 
 

@@ -15,6 +15,7 @@ from shoal.planner.activations import RECIPES
 from shoal.planner.cost import Assumption, CostAssumptions
 from shoal.planner.deployment import WEIGHT_FORMATS
 from shoal.planner.hardware import Cluster
+from shoal.planner.network import FITTED_PRICES
 from shoal.planner.plan.units import check_plausible, parse_quantity
 from shoal.planner.prices import PRICES
 from shoal.planner.training import V3_UTILISATION
@@ -158,6 +159,22 @@ SETTINGS: dict[str, Setting] = {
                 f"{_DAY_6}; a million where there is no accelerator"),
         _number("micro_batch_tokens", "tokens of one micro-batch in the expert-parallel limit", "tokens", 1, 2**20, 32,
                 "ISCA 2025 §2.3.2", is_whole=True),
+        _number("switch_ports", "ports of a network switch", "ports", 4, 4096, 64, "ISCA 2025 table 3", is_whole=True),
+        _number("planes", "planes of a multi-plane fat tree", "planes", 2, 64, 8, "ISCA 2025 §5.1: one for each GPU of a node", is_whole=True),
+        _number("fibres_per_link", "fibres of one optical link", "fibres", 1, 64, 8, "400G over parallel single-mode fibre", is_whole=True),
+        _number("links_per_trunk", "links in one multi-fibre (MPO) trunk", "links", 1, 64, 1, "1 runs a cable for each link", is_whole=True),
+        _number("switch_usd", "price of a switch", "USD", 0, 1e6, FITTED_PRICES.switch.value, FITTED_PRICES.switch.source),
+        _number("endpoint_link_usd", "price of a link to an endpoint", "USD", 0, 1e5, FITTED_PRICES.endpoint_link.value,
+                FITTED_PRICES.endpoint_link.source),
+        _number("link_usd", "price of a link between switches", "USD", 0, 1e5, FITTED_PRICES.link.value, FITTED_PRICES.link.source),
+        _number("transceiver_usd", "price of a transceiver", "USD", 0, 1e5, FITTED_PRICES.transceiver.value, FITTED_PRICES.transceiver.source),
+        _number("mpo_trunk_usd", "price of a multi-fibre trunk", "USD", 0, 1e5, FITTED_PRICES.mpo_trunk.value, FITTED_PRICES.mpo_trunk.source),
+        _number("expert_skew", "how unevenly experts are asked for (Zipf)", "exponent", 0, 10, 1, "0 is even; measured loads are better"),
+        _number("expert_devices", "devices that one layer's experts are placed on", "devices", 1, 65536, 32, "EP32, DeepSeek's prefill (day 6)",
+                is_whole=True),
+        _number("expert_nodes", "machines they stand in", "machines", 1, 8192, 4, "4 nodes, DeepSeek's prefill (day 6)", is_whole=True),
+        _number("spare_slots", "slots for further copies of busy experts", "slots", 0, 65536, 32, "32 redundant experts, DeepSeek-V3 §3.4.1",
+                is_whole=True),
     )
 }  # fmt: skip
 """Numbers by key. The one table in this file that reads better with two lines an entry."""
@@ -169,8 +186,8 @@ CHOICES: dict[str, Choice] = {
                source="sets usd_per_kwh and kg_co2_per_kwh unless they are set themselves"),
         Choice(key="recipe", label="formats of training", words=("auto", *RECIPES), default="auto",
                source="auto: deepseek_fp8 where the device multiplies FP8, bf16 elsewhere, cpu without accelerator"),
-        Choice(key="recompute", label="what training computes again", words=("none", "selective", "full"), default="selective",
-               source="DeepSeek-V3 §3.2.3"),
+        Choice(key="recompute", label="what training computes again", words=("auto", "none", "selective", "full"), default="auto",
+               source="auto: selective as in DeepSeek-V3 §3.2.3, or full where that does not fit"),
         Choice(key="shard", label="what data parallelism shares", words=("none", "optimizer", "all"), default="all",
                source="all is FSDP (ZeRO-3), optimizer ZeRO-1, which DeepSeek-V3 used"),
         Choice(key="weights", label="format of served weights", words=("auto", *WEIGHT_FORMATS), default="auto",

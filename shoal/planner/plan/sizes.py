@@ -36,6 +36,19 @@ def parameters_by_part(model: Rival) -> dict[str, int]:
     return {**parts, "others": extra} if extra else parts
 
 
+def files_by_format(model: Rival) -> dict[str, int]:
+    """Bytes of `checkpoint_bytes_fp8` by stored format; empty where the plan does not know that figure."""
+    if model.config is None or any(part.is_indexer for part in model.cache):
+        return {}
+    files = fp8_checkpoint(model.config)
+    return {
+        "fp8_weights": files.fp8_bytes,
+        "float32_scales": files.scale_bytes,
+        "bf16": files.bf16_bytes,
+        "float32": files.fp32_bytes,
+    }
+
+
 def _parameter_figures(model: Rival) -> Iterator[Figure]:
     yield Figure(
         name="total_params",
@@ -137,17 +150,16 @@ def _cache_of_others(config: ModelConfig) -> Iterator[Figure]:
 
 
 def _file_figures(model: Rival) -> Iterator[Figure]:
-    config = model.config
-    known = config is not None and not any(part.is_indexer for part in model.cache)
+    config, by_format = model.config, files_by_format(model)
     yield Figure(
         name="checkpoint_bytes_fp8",
         label="files in DeepSeek-V3's FP8 format",
-        value=fp8_checkpoint(config).total_bytes if config is not None and known else None,
+        value=sum(by_format.values()) if by_format else None,
         unit="bytes",
         formula="FP8 weights of attention, FFN and experts + a float32 scale per 128 x 128 + 2 bytes for the rest + 4 for router "
         "bias; MTP modules bring copies of embedding and head",
         source="DeepSeek-V3 README_WEIGHTS; equal to the byte counts of the released files",
-        note="" if known else model.note or "the shape is not known to us",
+        note="" if by_format else model.note or "the shape is not known to us",
     )
     yield Figure(
         name="checkpoint_bytes_bf16",

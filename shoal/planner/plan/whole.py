@@ -11,7 +11,7 @@ from shoal.planner.plan.figure import Figure
 from shoal.planner.plan.fitting import Served, Trained, fitting_figures, served, trained
 from shoal.planner.plan.question import Question
 from shoal.planner.plan.settings import Settings
-from shoal.planner.plan.sizes import parameters_by_part, size_figures
+from shoal.planner.plan.sizes import files_by_format, parameters_by_part, size_figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Plan:
             "ranges": {name: [one.low, one.high] for name, one in figures.items() if one.low is not None},
             "notes": {name: figure.note for name, figure in figures.items() if figure.note},
             "params_by_part": parameters_by_part(self.question.model),
+            "checkpoint_bytes_fp8_by_format": files_by_format(self.question.model),
             "training_memory_bytes_by_part": self.training.memory.by_part() if self.training else {},
             "serving_memory_bytes_by_part": self.serving.memory.by_part() if self.serving else {},
             "assumptions": {

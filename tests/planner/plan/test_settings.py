@@ -4,7 +4,7 @@ from shoal.errors import ConfigError
 from shoal.planner.hardware import parse_fit
 from shoal.planner.plan.question import ask
 from shoal.planner.plan.settings import CHOICES, REGIONS, SETTINGS, YOURS, parse_settings
-from shoal.planner.rivals import rival
+from shoal.planner.published_models import rival
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from shoal.planner.hardware import parse_fit
 from shoal.planner.plan.question import ask
 from shoal.planner.plan.settings import parse_settings
 from shoal.planner.plan.whole import Plan, make_plan
-from shoal.planner.rivals import RIVALS, rival
+from shoal.planner.published_models import RIVALS, rival
 from shoal.presets import PRESETS
 
 EVERY_MODEL = [*RIVALS, *(name for name in PRESETS if name not in RIVALS)]

@@ -7,15 +7,8 @@ from hypothesis import strategies as st
 from shoal.config import ModelConfig
 from shoal.errors import ConfigError
 from shoal.planner.counts import cache_bytes_per_token, decode_flops_per_token, parameter_counts
-from shoal.planner.rivals import (
-    RIVALS,
-    Rival,
-    fp8_checkpoint,
-    kv_bytes_over_context,
-    not_recomputed,
-    rival,
-    rival_of,
-)
+from shoal.planner.published_models import RIVALS, kv_bytes_over_context, not_recomputed, rival
+from shoal.planner.rivals import Rival, fp8_checkpoint, rival_of
 from shoal.presets import PRESETS
 
 MILLION = 2**20
