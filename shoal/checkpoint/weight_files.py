@@ -99,6 +99,14 @@ class WeightFiles:
             raise CheckpointError(f"{key}_scale has {len(scale)} scales for {len(code_FD)} rows; copy the model again.")
         return Codes("int8", INT8_INPUT_GROUP, code_FD.unsqueeze(0), scale.unsqueeze(0))
 
+    def kind(self, key: str) -> str | None:
+        """The format of a quantised weight: fp8, int8 or int4; None for plain floats."""
+        if f"{key}_packed" in self.file_of:
+            return "int4"
+        if f"{key}_scale_inv" in self.file_of:
+            return "fp8"
+        return "int8" if self.files[self.file_of[key]].specs[key].dtype == torch.int8 else None
+
     def _packed(self, key: str) -> Codes:
         rows, cols = self.shape(key)
         word_FX, scale_FG = self._companion(key, "_packed"), self._companion(key, "_scale")

@@ -11,14 +11,14 @@ app.add_typer(bench_app, name="bench")
 
 BenchModelArgument = Annotated[str | None, typer.Argument(help="Model directory or run directory; or use --preset.")]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="Random weights in this preset's shape.")]
-WeightsOption = Annotated[str, typer.Option(help="f32, bf16, fp8, int8 or int4.")]
+WeightsOption = Annotated[str, typer.Option(help="f32, bf16, fp8, int8, int4, or auto: as stored, else bf16.")]
 
 
 @bench_app.command("decode")
 def bench_decode(
     model: BenchModelArgument = None,
     preset: PresetOption = None,
-    weights: WeightsOption = "bf16",
+    weights: WeightsOption = "auto",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens each has in its cache.")] = 128,
     json_output: JsonOption = False,
@@ -40,7 +40,7 @@ def bench_decode(
 def bench_prefill(
     model: BenchModelArgument = None,
     preset: PresetOption = None,
-    weights: WeightsOption = "bf16",
+    weights: WeightsOption = "auto",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     json_output: JsonOption = False,
 ) -> None:
@@ -61,7 +61,7 @@ def bench_prefill(
 def bench_cache(
     model: BenchModelArgument = None,
     preset: PresetOption = None,
-    weights: WeightsOption = "bf16",
+    weights: WeightsOption = "auto",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 4096,
     rounds: Annotated[int, typer.Option(help="Prompts to take the median of.")] = 3,
     json_output: JsonOption = False,

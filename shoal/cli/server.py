@@ -15,7 +15,9 @@ def serve(
     model: ModelArgument = None,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     host: Annotated[str, typer.Option(help="Address; others than 127.0.0.1 need a key.")] = "127.0.0.1",
-    weights: Annotated[str, typer.Option(help="Format in memory: f32, bf16, fp8, int8 or int4.")] = "bf16",
+    weights: Annotated[
+        str, typer.Option(help="Format in memory: f32, bf16, fp8, int8, int4, or auto: as stored, else bf16.")
+    ] = "auto",
     cache_gib: Annotated[float, typer.Option(help="RAM for the context cache, GiB.")] = 1.0,
     cache_dir: Annotated[Path | None, typer.Option(help="Context cache on disk; default in the user's cache.")] = None,
     disk_cache: Annotated[bool, typer.Option(help="Keep the context cache on disk.")] = True,

@@ -6,10 +6,15 @@ weights are safetensors, templates run in a sandbox, the card is JSON.
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shoal.checkpoint.hf_format import load_model
+import torch
+
+from shoal.checkpoint.stored_weights import StoredWeights
+from shoal.config import ModelConfig
+from shoal.engine.codes import floats
 from shoal.errors import CheckpointError
 from shoal.model.transformer import Transformer
 from shoal.text.chat_template import ChatTemplate
@@ -23,11 +28,24 @@ class LoadedModel:
     """A model ready to generate. `tokenizer` and `template` are None when the directory has no tokenizer.json."""
 
     path: Path
-    model: Transformer
+    weights: StoredWeights
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     card: dict[str, Any] = field(default_factory=dict)
     """What the model says about itself: name, description, suggestions."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The module in float32, read when first asked for: engines with packed weights never do."""
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        state = {name: floats(self.weights(name)).float() for name in model.state_dict()}
+        model.load_state_dict(state, assign=True)
+        return model.to("cpu").eval()
 
 
 def find_model(path: Path | None) -> Path:
@@ -63,14 +81,12 @@ def load_for_generation(path: Path | None) -> LoadedModel:
         CheckpointError, ConfigError, TokenizerError: missing, damaged or unsupported files.
     """
     directory = find_model(path)
-    config, state = load_model(directory)
-    model = Transformer(config)
-    model.load_state_dict(state)
+    weights = StoredWeights(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(directory) if has_tokenizer else None
     template = ChatTemplate.load(directory, tokenizer) if tokenizer else None
     return LoadedModel(
-        path=directory, model=model.eval(), tokenizer=tokenizer, template=template, card=_read_card(directory / CARD)
+        path=directory, weights=weights, tokenizer=tokenizer, template=template, card=_read_card(directory / CARD)
     )
 
 

@@ -5,16 +5,23 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from shoal.checkpoint.stored_weights import StoredWeights
+from shoal.config import ModelConfig
 from shoal.engine.disk_cache import DiskCache
 from shoal.engine.engine import Engine
 from shoal.engine.loading import LoadedModel
 from shoal.engine.packed_model import PackedModel, WeightSource, fits
 from shoal.engine.prefix_cache import CacheIdentity
+from shoal.engine.runner import PackedRunner
 from shoal.engine.serving import ServingConfig, ServingEngine
 from shoal.engine.speculative import Drafter, Speculation, has_drafter
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import kernels_digest
+from shoal.kernels.packed import FP8_BLOCK
 from shoal.log import say
+from shoal.model.transformer import Transformer
 
 GIB = 1 << 30
 LAYOUT_VERSION = 2
@@ -25,8 +32,8 @@ LAYOUT_VERSION = 2
 class EngineOptions:
     """What an operator chooses."""
 
-    weights: str = "bf16"
-    """Format in memory: f32, bf16, fp8, int8 or int4."""
+    weights: str = "auto"
+    """Format in memory: f32, bf16, fp8, int8 or int4; auto is the format of a quantised directory, else bf16."""
     cache_bytes: int = GIB
     """RAM for latents."""
     disk_dir: Path | None = None
@@ -58,9 +65,9 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
         ConfigError: a quantised format, or speculation, for a model that only the simple engine can run; speculation
             for a model without a prediction module.
     """
-    model = loaded.model
-    if not fits(model.config):
-        if options.weights not in ("f32", "bf16"):
+    model_config = loaded.config
+    if not fits(model_config):
+        if options.weights not in ("auto", "f32", "bf16"):
             raise ConfigError(
                 f"weights={options.weights!r} needs the packed CPU pass, which does not fit this model; use bf16."
             )
@@ -71,16 +78,15 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
         say(
             "the packed CPU pass does not fit this model or machine (see shoal doctor): simple engine, no context cache"
         )
-        return MadeEngine(engine=Engine(model, max_context=options.max_context), disk=None)
-    state = model.state_dict()
-    packed = PackedModel(model.config, state.__getitem__, options.weights)
-    speculation = _speculation(packed, state.__getitem__, has_drafter(model.config), options)
+        return MadeEngine(engine=Engine(loaded.model, max_context=options.max_context), disk=None)
+    packed = pack_stored(loaded.weights, options.weights)
+    speculation = _speculation(packed, loaded.weights, has_drafter(model_config), options)
     identity = CacheIdentity(
         weights_digest=weights_digest(loaded.path),
         dtype=f"{packed.format}, {kernels_digest()}",
         layout_version=LAYOUT_VERSION,
         rope_digest=hashlib.blake2b(
-            repr((model.config.rope_theta, model.config.rope_scaling)).encode(), digest_size=16
+            repr((model_config.rope_theta, model_config.rope_scaling)).encode(), digest_size=16
         ).hexdigest(),
         tokenizer_digest=loaded.tokenizer.digest if loaded.tokenizer else "",
         isolation="",
@@ -113,6 +119,48 @@ def _speculation(
     if options.speculative is False or not has_module:
         return None
     return Speculation(Drafter(packed, source), options.speculative_tokens)
+
+
+def simple_engine(loaded: LoadedModel) -> Engine:
+    """The engine of a single conversation: float weights in the dtype of training, a quantised directory as it is."""
+    if loaded.weights.format is None or not fits(loaded.config):
+        return Engine(loaded.model)
+    with torch.device("meta"):
+        shape_only = Transformer(loaded.config)
+    return Engine(shape_only, runner=PackedRunner(shape_only, pack_stored(loaded.weights)))
+
+
+def pack_stored(weights: StoredWeights, format_name: str = "auto", *, max_positions: int | None = None) -> PackedModel:
+    """Pack a directory, one parameter in memory at a time.
+
+    Args:
+        format_name: "auto" keeps a quantised directory's own formats, of the head too; plain floats become bf16.
+    """
+    if format_name not in ("auto", weights.format):
+        return PackedModel(weights.config, weights, format_name, max_positions=max_positions)
+    if weights.format is None:
+        return PackedModel(weights.config, weights, "bf16", max_positions=max_positions)
+    return PackedModel(
+        weights.config,
+        weights,
+        weights.format,
+        group=weights.group,
+        head_format=weights.head_format,
+        latent_format=_latent_format(weights.config, weights.format),
+        max_positions=max_positions,
+    )
+
+
+def _latent_format(config: ModelConfig, stored: str) -> str:
+    """What the absorbed up-projections become, whose key half is quantised along the other axis than it is stored.
+
+    Integer directories keep them in bfloat16 for that reason: eight bits are enough, and four would be the largest error
+    of the layer. FP8 blocks can be turned where heads fill whole blocks; else a second rounding is not worth the bytes.
+    """
+    if stored != "fp8":
+        return "int8"
+    whole = config.qk_nope_head_dim % FP8_BLOCK == 0 and config.v_head_dim % FP8_BLOCK == 0
+    return "fp8" if whole and config.kv_lora_rank % FP8_BLOCK == 0 else "bf16"
 
 
 def default_disk_dir() -> Path:

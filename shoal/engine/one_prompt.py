@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from shoal.engine.engine import Engine
 from shoal.engine.loading import LoadedModel, load_for_generation
+from shoal.engine.making import simple_engine
 from shoal.engine.request import Request, SamplingParams
 from shoal.errors import RequestError
 
@@ -33,11 +33,11 @@ def complete_one(
         raise RequestError("give either --prompt TEXT or --prompt-ids 5,9,2.")
     loaded = load_for_generation(path)
     ids = parse_ids(prompt_ids) if prompt_ids is not None else _encode(loaded, prompt or "")
-    stop = loaded.tokenizer.eos_token_id if loaded.tokenizer else loaded.model.config.eos_token_id
+    stop = loaded.tokenizer.eos_token_id if loaded.tokenizer else loaded.config.eos_token_id
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_token_ids=(stop,)
     )
-    completion = Engine(loaded.model).generate([Request(prompt_ids=ids, sampling=params)])[0][0]
+    completion = simple_engine(loaded).generate([Request(prompt_ids=ids, sampling=params)])[0][0]
     return {
         "token_ids": completion.token_ids,
         "text": loaded.tokenizer.decode([i for i in completion.token_ids if i != stop]) if loaded.tokenizer else None,

@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
+from shoal.engine.codes import Weight, floats, halves, joined, quantised, rows
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
-from shoal.kernels.packed import INT8_GROUP, Codes, MatrixStruct, Packed, absent, pack, pack_gated, panel_scales
+from shoal.kernels.packed import Codes, MatrixStruct, Packed, absent, pack, pack_gated
 from shoal.model.mla import LATENT_NORM_EPS
 from shoal.model.rope import rotation_table
-from shoal.quant import fp8, int4, int8
 
-WeightSource = Callable[[str], Tensor]
-"""Gives the float weight of a name of `Transformer.state_dict()`."""
+WeightSource = Callable[[str], Weight]
+"""Gives the weight of a name of `Transformer.state_dict()`, floats or the codes of a quantised directory."""
 
 LANES = 16
-INT4_GROUP = 32
 
 
 class _LayerStruct(ctypes.Structure):
@@ -108,29 +107,14 @@ def fits(config: ModelConfig) -> bool:
     )
 
 
-def quantised(weight: Tensor, format_name: str, group: int | None = None) -> Codes:
-    """Codes of a stack of float matrices `[count, rows, cols]`, by round-to-nearest."""
-    if format_name in ("f32", "bf16"):
-        return Codes(format_name, 1, weight.float() if format_name == "f32" else weight.to(torch.bfloat16))
-    if format_name == "int8":
-        code, scale = int8.quantise(weight)
-        return Codes("int8", INT8_GROUP, code, scale)
-    if format_name == "int4":
-        code, scale = int4.quantise(weight, group or INT4_GROUP)
-        return Codes("int4", group or INT4_GROUP, code, scale)
-    if format_name == "fp8":
-        code, scale = fp8.quantise_blocks(weight)
-        return Codes("fp8", 1, code, panel_scales(scale, weight.shape[-2]))
-    raise ConfigError(f"weights={format_name!r} is not a format; use f32, bf16, fp8, int8 or int4.")
-
-
 class PackedModel:
     """Packed weights of one model, ready to run.
 
     Args:
-        source: float weights by name.
+        source: weights by name.
         format_name: of all matrices but the router, which stays float32: a flipped expert is a large error.
         head_format: of the output head; default `format_name`.
+        latent_format: of the absorbed key and value up-projections; default `format_name`.
     """
 
     def __init__(
@@ -141,6 +125,7 @@ class PackedModel:
         *,
         group: int | None = None,
         head_format: str | None = None,
+        latent_format: str | None = None,
         max_positions: int | None = None,
     ) -> None:
         if not fits(config):
@@ -148,16 +133,17 @@ class PackedModel:
                 "the packed CPU pass needs latent attention, kv_lora_rank and hidden_size in multiples of 16, and built kernels."
             )
         self.config, self.format, self.group = config, format_name, group
+        self._latent_format = latent_format or format_name
         self._kept: list[Any] = []
         """Everything the C structures point to."""
         self.weight_bytes = 0
         embedding_VD = source("embed_tokens.weight")
         head_VD = embedding_VD if config.tie_word_embeddings else source("lm_head.weight")
-        self.embedding_VD = embedding_VD.detach()
+        self._embedding = embedding_VD if isinstance(embedding_VD, Codes) else embedding_VD.detach()
         layers = (_LayerStruct * config.num_hidden_layers)(
             *(self._layer(source, index) for index in range(config.num_hidden_layers))
         )
-        head = self._add(quantised(head_VD.unsqueeze(0), head_format or format_name, group))
+        head = self._add(quantised(head_VD, head_format or format_name, group))
         self._struct = self._model(source, layers, head, max_positions)
         kernels = library()
         assert kernels is not None
@@ -227,17 +213,19 @@ class PackedModel:
 
     def _embedded(self, token_M: Tensor, out_MD: Tensor | None) -> Tensor:
         x_MD = torch.empty(len(token_M), self.config.hidden_size) if out_MD is None else out_MD
-        if self.embedding_VD.dtype == torch.float32:
-            return torch.index_select(self.embedding_VD, 0, token_M, out=x_MD)
-        return x_MD.copy_(self.embedding_VD[token_M])
+        if isinstance(self._embedding, Codes):
+            return x_MD.copy_(floats(rows(self._embedding, token_M)))
+        if self._embedding.dtype == torch.float32:
+            return torch.index_select(self._embedding, 0, token_M, out=x_MD)
+        return x_MD.copy_(self._embedding[token_M])
 
     def _layer(self, source: WeightSource, index: int) -> _LayerStruct:
         config, name = self.config, f"layers.{index}."
         attention = name + "self_attn."
         compressed = config.q_lora_rank is not None
         first = source(attention + ("q_a_proj.weight" if compressed else "q_proj.weight"))
-        both_FD = torch.cat([first, source(attention + "kv_a_proj_with_mqa.weight")])
-        key_up, value_up = self._heads(source(attention + "kv_b_proj.weight"))
+        both_FD = joined(first, source(attention + "kv_a_proj_with_mqa.weight"))
+        key_up, value_up = self._heads(floats(source(attention + "kv_b_proj.weight")))
         layer = _LayerStruct(
             input_norm=self._keep(source(name + "input_layernorm.weight")),
             query_norm=self._keep(source(attention + "q_a_layernorm.weight")) if compressed else None,
@@ -257,7 +245,8 @@ class PackedModel:
         config = self.config
         up_HXC = up_XC.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_HNC, value_HUC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        return self._matrix(key_HNC.transpose(1, 2)), self._matrix(value_HUC)
+        formats = (self._latent_format, self.group)
+        return self._add(quantised(key_HNC.transpose(1, 2), *formats)), self._add(quantised(value_HUC, *formats))
 
     def _feed_forward(self, layer: _LayerStruct, source: WeightSource, index: int) -> None:
         config, name = self.config, f"layers.{index}.mlp."
@@ -266,7 +255,7 @@ class PackedModel:
             layer.shared_gate_up = self._gated(source(name + "gate_up_proj.weight"))
             layer.shared_down = self._matrix(source(name + "down_proj.weight"))
             return
-        layer.router = self._add(quantised(source(name + "gate.weight").unsqueeze(0), "f32"))
+        layer.router = self._add(quantised(source(name + "gate.weight"), "f32"))
         if config.topk_method == "noaux_tc":
             layer.router_bias = self._keep(source(name + "gate.e_score_correction_bias"))
         layer.expert_gate_up = self._gated(source(name + "experts.gate_up_proj"))
@@ -275,13 +264,11 @@ class PackedModel:
             layer.shared_gate_up = self._gated(source(name + "shared_experts.gate_up_proj.weight"))
             layer.shared_down = self._matrix(source(name + "shared_experts.down_proj.weight"))
 
-    def _matrix(self, weight: Tensor) -> MatrixStruct:
-        stack = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        return self._add(quantised(stack, self.format, self.group))
+    def _matrix(self, weight: Weight) -> MatrixStruct:
+        return self._add(quantised(weight, self.format, self.group))
 
-    def _gated(self, gate_up: Tensor) -> MatrixStruct:
-        stack = gate_up if gate_up.dim() == 3 else gate_up.unsqueeze(0)
-        gate, up = (quantised(half, self.format, self.group) for half in stack.chunk(2, dim=1))
+    def _gated(self, gate_up: Weight) -> MatrixStruct:
+        gate, up = (quantised(half, self.format, self.group) for half in halves(gate_up))
         return self._store(pack_gated(gate, up))
 
     def _add(self, codes: Codes) -> MatrixStruct:
@@ -292,8 +279,8 @@ class PackedModel:
         self.weight_bytes += packed.num_bytes
         return packed.struct()
 
-    def _keep(self, vector: Tensor) -> int:
-        kept = vector.detach().float().contiguous().clone()
+    def _keep(self, vector: Weight) -> int:
+        kept = floats(vector).float().contiguous().clone()
         self._kept.append(kept)
         return kept.data_ptr()
 

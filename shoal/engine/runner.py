@@ -74,12 +74,12 @@ class TransformerRunner:
 
 
 class PackedRunner:
-    """The fused pass. Weights are float32 or bfloat16, whichever the module multiplies in."""
+    """The fused pass. Weights are float32 or bfloat16, whichever the module multiplies in; or they are given, and stay."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, given: PackedModel | None = None) -> None:
+        self.model, self._given = model, given
         self._fingerprint: tuple[int, ...] = ()
-        self._packed: PackedModel | None = None
+        self._packed: PackedModel | None = given
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -108,11 +108,15 @@ class PackedRunner:
         return packed.run(token_N, position_N.to(torch.int32), rows, cache.entry_LBTW, output_row=rows)
 
     def _format(self) -> str:
+        if self._given is not None:
+            return "f32" if self._given.format == "f32" else "bf16"
         attention = self.model.get_submodule("layers.0.self_attn.o_proj")
         return "bf16" if getattr(attention, "compute_dtype", None) == torch.bfloat16 else "f32"
 
     def _fresh(self) -> PackedModel:
         """The packed weights, made anew when the module's have changed since."""
+        if self._given is not None:
+            return self._given
         tensors = [*self.model.parameters(), *self.model.buffers()]
         fingerprint = (hash(self._format()), *(tensor._version for tensor in tensors), *(t.data_ptr() for t in tensors))
         if self._packed is None or fingerprint != self._fingerprint:

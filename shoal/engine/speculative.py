@@ -20,8 +20,9 @@ from torch import Tensor
 
 from shoal.config import ModelConfig
 from shoal.engine.batch import Batch
+from shoal.engine.codes import Weight, floats, quantised
 from shoal.engine.drawing import Sample
-from shoal.engine.packed_model import PackedModel, WeightSource, quantised
+from shoal.engine.packed_model import PackedModel, WeightSource
 from shoal.engine.prefix_cache import UNIT_TOKENS
 from shoal.engine.scheduler import Work
 from shoal.engine.speculation_gauge import SpeculationGauge
@@ -43,10 +44,10 @@ class Drafter:
         config = main.config
         self.main, self.norm_eps = main, config.rms_norm_eps
         self.final_norm_D, self.enorm_D, self.hnorm_D = (
-            source(name).detach().float().contiguous()
+            floats(source(name)).float().contiguous()
             for name in ("norm.weight", "mtp.0.enorm.weight", "mtp.0.hnorm.weight")
         )
-        self.join = pack(quantised(source("mtp.0.eh_proj.weight").detach().unsqueeze(0), main.format, main.group))
+        self.join = pack(quantised(source("mtp.0.eh_proj.weight"), main.format, main.group))
         self.block = PackedModel(_one_layer(config), _as_model(source), main.format, group=main.group)
 
     def draft(
@@ -167,7 +168,7 @@ def _one_layer(config: ModelConfig) -> ModelConfig:
 def _as_model(source: WeightSource) -> WeightSource:
     """The module's weights under the names of a model of one layer."""
 
-    def named(name: str) -> Tensor:
+    def named(name: str) -> Weight:
         if name.startswith("layers.0."):
             return source("mtp.0.block." + name.removeprefix("layers.0."))
         return source("mtp.0.shared_head_norm.weight" if name == "norm.weight" else name)

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from shoal.engine.engine import Engine
 from shoal.engine.loading import load_for_generation
+from shoal.engine.making import simple_engine
 from shoal.engine.request import Request, SamplingParams
 from shoal.errors import RequestError
 from shoal.text.tokenizer import END_THINK, THINK, StreamDecoder
@@ -23,7 +24,7 @@ def chat_in_terminal(path: Path | None, *, temperature: float, max_tokens: int) 
     if loaded.tokenizer is None or loaded.template is None:
         raise RequestError(f"{loaded.path} has no tokenizer.json; chat needs one.")
     console = Console(highlight=False)
-    engine = Engine(loaded.model)
+    engine = simple_engine(loaded)
     console.print(loaded.card.get("description") or f"model {loaded.path}", style="bold", markup=False)
     for suggestion in loaded.card.get("suggestions", []):
         console.print(f"  try: {suggestion}", markup=False)

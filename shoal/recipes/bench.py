@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.hf_format import load_model
+from shoal.checkpoint.stored_weights import StoredWeights
 from shoal.config import ModelConfig
+from shoal.engine.codes import INT4_GROUP, quantised
 from shoal.engine.loading import find_model
-from shoal.engine.packed_model import INT4_GROUP, PackedModel, quantised
+from shoal.engine.making import pack_stored
+from shoal.engine.packed_model import PackedModel
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
 from shoal.kernels.packed import linear, pack
@@ -55,18 +57,17 @@ def load_packed(model: str | None, preset_name: str | None, weights: str, max_po
     Raises:
         ConfigError: unknown preset or format, or neither a model nor a preset named.
     """
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights={weights!r} is not a format; use one of {', '.join(WEIGHTS)}.")
+    if weights not in ("auto", *WEIGHTS):
+        raise ConfigError(f"weights={weights!r} is not a format; use auto or one of {', '.join(WEIGHTS)}.")
     if (model is None) == (preset_name is None):
         raise ConfigError(f"name a model directory or a preset, one of them; presets: {', '.join(sorted(PRESETS))}.")
     started_s = time.perf_counter()
     if preset_name is not None:
         config = preset(preset_name).replace(num_nextn_predict_layers=0)
-        source: Callable[[str], Tensor] = RandomWeights(config)
+        format_name = "bf16" if weights == "auto" else weights
+        packed = PackedModel(config, RandomWeights(config), format_name, max_positions=max_positions)
     else:
-        config, state = load_model(find_model(Path(str(model))))
-        source = state.__getitem__
-    packed = PackedModel(config, source, weights, max_positions=max_positions)
+        packed = pack_stored(StoredWeights(find_model(Path(str(model)))), weights, max_positions=max_positions)
     return BenchModel(packed=packed, load_s=time.perf_counter() - started_s, source=preset_name or str(model))
 
 
