@@ -135,7 +135,7 @@ def test_joining_and_halving_codes_equals_joining_and_halving_floats(name):
 
 def test_generation_and_serving_take_a_quantised_directory(source, tmp_path):
     loaded = load_for_generation(directory_of(source, tmp_path, SCHEMES[3]))
-    request = Request(prompt_ids=(3, 1, 4), sampling=SamplingParams(max_tokens=6))
+    request = Request(prompt_ids=(3, 1, 4), sampling=SamplingParams(max_tokens=6, temperature=0.0))
     alone = simple_engine(loaded).generate([request])[0][0]
     made = make_engine(loaded, EngineOptions(use_disk=False, cache_bytes=1 << 24))
     made.engine.add(request)
