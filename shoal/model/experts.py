@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from shoal.config import ModelConfig
+from shoal.kernels import products
 from shoal.kernels.dispatch import (
     gather_rows,
     reduce_slots,
@@ -38,6 +39,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.down_proj.compute_dtype or x.dtype
         flat_MD = x.reshape(-1, x.shape[-1])
+        if dtype == torch.bfloat16:
+            fused_MD = products.swiglu(flat_MD, self.gate_up_proj.weight, self.down_proj.weight)
+            if fused_MD is not None:
+                return fused_MD.view_as(x)
         one_group = [(0, len(flat_MD))]
         weights = (self.gate_up_proj.weight.unsqueeze(0), self.down_proj.weight.unsqueeze(0))
         out: Tensor = GroupedSwiGLU.apply(flat_MD.to(dtype), *weights, one_group, dtype)
@@ -58,6 +63,10 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, weight_MK: Tensor, expert_MK: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, `[M, D]` in the dtype of `x_MD`."""
         dtype = self.compute_dtype or x_MD.dtype
+        if dtype == torch.bfloat16:
+            fused_MD = products.swiglu_experts(x_MD, weight_MK, expert_MK, self.gate_up_proj, self.down_proj)
+            if fused_MD is not None:
+                return fused_MD
         layout = SlotLayout.of(expert_MK, len(self.gate_up_proj), pad=ROW_PADDING if dtype != x_MD.dtype else 1)
         slot_PD: Tensor = Dispatch.apply(x_MD, layout, dtype)
         if x_MD.is_cuda:

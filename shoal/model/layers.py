@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.device import fast_dtype
+from shoal.kernels import products
 from shoal.kernels.dispatch import rms_norm
 
 
@@ -44,7 +45,9 @@ def linear_product(x: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = Non
     if dtype is None or (dtype == x.dtype and dtype == weight_FD.dtype):
         return torch.nn.functional.linear(x, weight_FD.to(x.dtype))
     flat_MD = x.reshape(-1, x.shape[-1])
-    product: Tensor = LinearProduct.apply(flat_MD, weight_FD, dtype)
+    product = products.linear(flat_MD, weight_FD) if dtype == torch.bfloat16 else None
+    if product is None:
+        product = LinearProduct.apply(flat_MD, weight_FD, dtype)
     return product.view(*x.shape[:-1], weight_FD.shape[0])
 
 
