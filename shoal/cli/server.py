@@ -42,6 +42,12 @@ def serve(
     requests_per_minute: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
     access_log: Annotated[bool, typer.Option(help="A JSON line per request on standard error, without texts.")] = False,
+    profile: Annotated[
+        str, typer.Option(help="Rules for reasoning: lenient, r1 or current (docs/serving.md).")
+    ] = "lenient",
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, as often as needed: a bound of docs/serving.md.")
+    ] = None,
     drain_s: Annotated[int, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30,
     insecure: Annotated[bool, typer.Option(help="Listen on other addresses without a key.")] = False,
 ) -> None:
@@ -50,6 +56,7 @@ def serve(
     Example: shoal serve runs/demo --port 8000
     """
     from shoal.engine.making import GIB, EngineOptions
+    from shoal.server.limits import limits_from
     from shoal.server.start import ServeOptions, serve_model
 
     engine = EngineOptions(
@@ -75,6 +82,8 @@ def serve(
         requests_per_minute=requests_per_minute,
         max_concurrent=max_concurrent,
         max_waiting=max_waiting,
+        limits=limits_from(limit or []),
+        profile=profile,
         access_log=access_log,
         drain_s=drain_s,
     )

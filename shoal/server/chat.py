@@ -1,18 +1,16 @@
 """Chat completions: a validated request through the engine and back, whole or as server-sent events."""
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from shoal.engine.request import Request, TokenEvent
-from shoal.errors import RequestError
+from shoal.engine.request import TokenEvent
 from shoal.server.access import ANYBODY, Account
-from shoal.server.generation import Generation, Sample, ServedModel, Step
-from shoal.server.reasoning import AnswerReader
-from shoal.server.sampling_fields import form_of, sampling_params, thinking_budget_of
+from shoal.server.events import DONE, error_body, event
+from shoal.server.generation import Sample, ServedModel, Step
+from shoal.server.pieces import Call, Piece
 from shoal.server.schemas import ChatRequest
-from shoal.text.tokenizer import THINK
+from shoal.server.turn import generation_of
 
 
 class ChatCompletion:
@@ -24,43 +22,9 @@ class ChatCompletion:
 
     def __init__(self, served: ServedModel, body: ChatRequest, account: Account = ANYBODY) -> None:
         self.served, self.body = served, body
-        prompt_ids, opened = self._prompt()
-        sampling = sampling_params(
-            served,
-            body,
-            len(prompt_ids),
-            max_tokens=body.max_completion_tokens,
-            top_logprobs=body.top_logprobs if body.logprobs else 0,
-            form=form_of(body.response_format),
-            thinking_budget=thinking_budget_of(body),
-            thinks_from_start=opened,
-        )
-        isolation = account.name + "/" + (body.user_id or "")
-        request = Request(
-            prompt_ids=prompt_ids, sampling=sampling, tenant=isolation, priority=body.priority, isolation=isolation
-        )
-        readers = [AnswerReader(served.tokenizer, starts_thinking=opened, stop=tuple(body.stop)) for _ in range(body.n)]
-        self.generation = Generation(served, request, readers, account=account, keep_logprobs=body.logprobs)
-
-    def _prompt(self) -> tuple[tuple[int, ...], bool]:
-        """The conversation as token ids, and whether they end inside the thinking. A last message with `prefix` is the
-        beginning of the answer (DeepSeek's beta)."""
-        served, body = self.served, self.body
-        messages = [message.for_template() for message in body.messages]
-        prefix = body.messages[-1] if body.messages[-1].prefix else None
-        if prefix is not None and (prefix.role != "assistant" or len(messages) == 1):
-            raise RequestError("prefix=true belongs to a last message of the role assistant, after at least one other.")
-        ids = served.template.encode(
-            served.tokenizer,
-            messages[:-1] if prefix else messages,
-            thinking=False if prefix else wants_thinking(body),
-            recall=served.answers.recall,
-        )
-        if prefix is not None:
-            if not isinstance(prefix.content, str):
-                raise RequestError("a message with prefix=true needs its content as a string.")
-            ids = [*ids, *served.tokenizer.encode(prefix.content)]
-        return tuple(ids), ids[-1] == served.tokenizer.token_id(THINK)
+        self.generation = generation_of(served, body, account)
+        self._named = [0] * body.num_samples
+        """Calls of each sample that the client has been told of."""
 
     async def whole(self) -> dict[str, Any]:
         """The finished completion."""
@@ -81,19 +45,31 @@ class ChatCompletion:
                         delta = {"role": "assistant", "content": "", **delta}
                         started.add(step.sample)
                     yield self._chunk(step, delta, is_last)
-        if self.body.stream_options and self.body.stream_options.include_usage:
-            yield event(
-                {**self.generation.head("chat.completion.chunk"), "choices": [], "usage": self.generation.usage()}
-            )
+        if self.body.wants_usage_alone:
+            head = self.generation.head("chat.completion.chunk")
+            yield event({**head, "choices": [], "usage": self.generation.usage()})
         yield DONE
 
+    def failure(self, status: int, message: str, kind: str) -> list[bytes]:
+        """How a stream ends that cannot go on."""
+        return [event(error_body(message, kind)), DONE]
+
     def _deltas(self, step: Step) -> list[tuple[dict[str, Any], bool]]:
-        deltas = [
-            {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text} for piece in step.pieces
-        ]
+        deltas = [self._delta(step.sample, piece) for piece in step.pieces]
         if step.is_end:
             deltas.append({})
         return [(delta, step.is_end and index == len(deltas) - 1) for index, delta in enumerate(deltas)]
+
+    def _delta(self, sample: int, piece: Piece) -> dict[str, Any]:
+        if piece.kind == "reasoning":
+            return {"reasoning_content": piece.text}
+        if piece.kind == "content":
+            return {"content": piece.text}
+        if piece.kind == "call":
+            call = self.generation.samples[sample].calls[self._named[sample]]
+            self._named[sample] += 1
+            return {"tool_calls": [{"index": self._named[sample] - 1, **_tool_call(call, arguments="")}]}
+        return {"tool_calls": [{"index": self._named[sample] - 1, "function": {"arguments": piece.text}}]}
 
     def _chunk(self, step: Step, delta: dict[str, Any], is_last: bool) -> bytes:
         sample = self.generation.samples[step.sample]
@@ -109,7 +85,13 @@ class ChatCompletion:
         return event(chunk)
 
     def _choice(self, index: int, sample: Sample) -> dict[str, Any]:
-        message = {"role": "assistant", "content": sample.content, "reasoning_content": sample.reasoning or None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": sample.content,
+            "reasoning_content": sample.reasoning or None,
+        }
+        if sample.calls:
+            message["tool_calls"] = [_tool_call(call, arguments=call.arguments) for call in sample.calls]
         return {
             "index": index,
             "message": message,
@@ -132,17 +114,5 @@ class ChatCompletion:
         return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def wants_thinking(body: ChatRequest) -> bool | None:
-    """Whether the template should open the thinking; None leaves it to the template."""
-    if body.thinking:
-        return body.thinking.type == "enabled"
-    return None if body.reasoning_effort is None else body.reasoning_effort != "none"
-
-
-DONE = b"data: [DONE]\n\n"
-
-
-def event(payload: dict[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event."""
-    prefix = b"" if name is None else f"event: {name}\n".encode()
-    return prefix + b"data: " + json.dumps(payload, ensure_ascii=False).encode() + b"\n\n"
+def _tool_call(call: Call, *, arguments: str) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

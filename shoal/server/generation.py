@@ -15,13 +15,17 @@ from typing import Any
 
 from shoal.engine.disk_cache import DiskCache
 from shoal.engine.request import Request, TokenEvent
+from shoal.errors import ServerError
 from shoal.planner.prices import PRICES, Price
 from shoal.server.access import ANYBODY, Account
 from shoal.server.answers import AnswerMemory
-from shoal.server.billing import Bill, Counts
+from shoal.server.billing import Bill, Clerk, Counts
 from shoal.server.ledger import Ledger
+from shoal.server.limits import RequestLimits
 from shoal.server.metrics import Metrics
-from shoal.server.reasoning import AnswerReader, Piece
+from shoal.server.pieces import Call, Piece
+from shoal.server.profiles import Profile
+from shoal.server.reasoning import AnswerReader
 from shoal.server.worker import EngineWorker
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
@@ -47,10 +51,16 @@ class ServedModel:
     metrics: Metrics | None = None
     disk_cache: DiskCache | None = None
     answers: AnswerMemory = field(default_factory=AnswerMemory)
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    profile: Profile = "lenient"
+    clerk: Clerk = field(default_factory=Clerk)
+    is_draining: bool = False
+    """Told to stop: running answers end, new ones are refused."""
 
     def close(self) -> None:
         """Stop the engine, then write out what is still on its way to the disk."""
         self.worker.stop()
+        self.clerk.close()
         if self.disk_cache:
             self.disk_cache.close()
         if self.ledger:
@@ -64,11 +74,23 @@ class Sample:
     reader: AnswerReader
     reasoning: str = ""
     content: str = ""
+    calls: list[Call] = field(default_factory=list)
     tokens: int = 0
     logprobs: list[TokenEvent] = field(default_factory=list)
     """Events of the content's tokens, kept when log-probabilities were asked for."""
     finish_reason: str | None = None
     last_token_s: float | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Grow by a piece."""
+        if piece.kind == "reasoning":
+            self.reasoning += piece.text
+        elif piece.kind == "content":
+            self.content += piece.text
+        elif piece.kind == "call":
+            self.calls.append(Call("call_" + secrets.token_hex(12), piece.text))
+        else:
+            self.calls[-1].arguments += piece.text
 
 
 @dataclass(frozen=True)
@@ -104,22 +126,30 @@ class Generation:
         self.samples = [Sample(reader) for reader in readers]
         self.counts = Counts(prompt_tokens=len(request.prompt_ids))
         self.keep_logprobs = keep_logprobs
-        self.bill = Bill(self.id, account, served.name, served.prices, served.ledger)
+        self.bill = Bill(self.id, account, served.name, served.prices, served.ledger, served.clerk)
         self.started_s = time.monotonic()
+        self._has_ended = False
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Every sample's growth as it comes. Closing the iterator early cancels the request; the bill is settled anyway.
 
+        The bill of a finished request is on the disk before its last step is handed on: whoever holds a whole answer is
+        in the ledger, however the server dies afterwards.
+
         Raises:
             RequestError: the engine refuses it.
-            ServerError: too many requests are waiting.
+            ServerError: the server is stopping, too many requests are waiting, or it took too long.
             BalanceError: the key cannot pay.
         """
+        if self.served.is_draining:
+            raise ServerError("the server is being stopped; try again in a moment.")
         sampling = self.request.sampling
         await self.bill.open(self.counts.prompt_tokens, sampling.max_tokens * sampling.num_samples)
         try:
+            limits = self.served.limits
             ticket = self.served.worker.submit(self.request)
-            async with aclosing(self.served.worker.stream(ticket)) as events:
+            events = self.served.worker.stream(ticket, first_s=limits.max_queue_s, whole_s=limits.max_request_s)
+            async with aclosing(events):
                 async for event in events:
                     self.counts.joules = ticket.joules
                     self.counts.found_tokens = max(
@@ -128,27 +158,19 @@ class Generation:
                     step = self._take(event)
                     if step is None:
                         continue
+                    if all(sample.finish_reason for sample in self.samples):
+                        await self._end()
+                        yield step
+                        return
                     await self.bill.note(self.counts)
                     yield step
-                    if all(sample.finish_reason for sample in self.samples):
-                        return
         finally:
-            self._finish()
+            if not self._has_ended:
+                self._forget()
 
     def usage(self) -> dict[str, Any]:
         """Token counts in OpenAI's and DeepSeek's fields, and what they cost in money and energy."""
-        counts = self.counts
-        return {
-            "prompt_tokens": counts.prompt_tokens,
-            "completion_tokens": counts.output_tokens,
-            "total_tokens": counts.prompt_tokens + counts.output_tokens,
-            "prompt_cache_hit_tokens": counts.found_tokens,
-            "prompt_cache_miss_tokens": counts.miss_tokens,
-            "prompt_tokens_details": {"cached_tokens": counts.found_tokens},
-            "completion_tokens_details": {"reasoning_tokens": counts.reasoning_tokens},
-            "cost_usd": format(self.cost_usd, "f"),
-            "joules": round(counts.joules, 3),
-        }
+        return usage_of(self.counts, self.cost_usd)
 
     @property
     def cost_usd(self) -> Decimal:
@@ -179,13 +201,12 @@ class Generation:
         if event.finish_reason is not None:
             pieces += sample.reader.finish()
             sample.finish_reason = FINISH_REASONS.get(event.finish_reason, "insufficient_system_resource")
+            if sample.calls and sample.finish_reason == "stop":
+                sample.finish_reason = "tool_calls"
         elif sample.reader.stopped:
             sample.finish_reason = "stop"
         for piece in pieces:
-            if piece.kind == "reasoning":
-                sample.reasoning += piece.text
-            else:
-                sample.content += piece.text
+            sample.add(piece)
         self.counts.output_tokens = sum(other.tokens for other in self.samples)
         self.counts.reasoning_tokens = sum(other.reader.reasoning_tokens for other in self.samples)
         return Step(event.sample, pieces, event, sample.finish_reason is not None)
@@ -199,13 +220,43 @@ class Generation:
                 self.served.metrics.observe_between(now_s - sample.last_token_s)
         sample.last_token_s = now_s
 
-    def _finish(self) -> None:
+    async def _end(self) -> None:
+        """Settle, and wait until it is on the disk."""
+        self._has_ended = True
+        self._remember()
+        await self.bill.close(self.counts)
+
+    def _forget(self) -> None:
+        """Settle a request that was cut off. Not awaited: it happens while the request is being cancelled."""
+        self._has_ended = True
+        self._remember()
+        self.bill.close_later(self.counts)
+
+    def _remember(self) -> None:
         for sample in self.samples:
             # Special tokens and cut characters make a text that its tokens do not spell; such answers are not kept.
             if self.served.tokenizer.decode(sample.reader.content_ids) == sample.content:
                 self.served.answers.remember(sample.content, sample.reader.content_ids)
-        self.bill.close(self.counts)
         if self.served.metrics:
             reasons = [sample.finish_reason or "abort" for sample in self.samples]
             elapsed_s = time.monotonic() - self.started_s
             self.served.metrics.observe_end(elapsed_s, reasons, self.counts.joules, float(self.cost_usd))
+
+
+def usage_of(counts: Counts, cost_usd: Decimal) -> dict[str, Any]:
+    """Token counts in OpenAI's and DeepSeek's fields, and what they cost in money and energy."""
+    return {
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.output_tokens,
+        "total_tokens": counts.prompt_tokens + counts.output_tokens,
+        "prompt_cache_hit_tokens": counts.found_tokens,
+        "prompt_cache_miss_tokens": counts.miss_tokens,
+        "prompt_tokens_details": {"cached_tokens": counts.found_tokens},
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning_tokens},
+        **extras_of(counts, cost_usd),
+    }
+
+
+def extras_of(counts: Counts, cost_usd: Decimal) -> dict[str, Any]:
+    """What no other API's usage says."""
+    return {"cost_usd": format(cost_usd, "f"), "joules": round(counts.joules, 3)}

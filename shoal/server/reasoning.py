@@ -1,21 +1,12 @@
-"""Token ids to what a client reads: reasoning apart from content, tags left out, stop strings never leaked.
+"""Token ids to what a client reads: reasoning apart from content, calls apart from both, stop strings never leaked.
 
 Reasoning is what stands between the think tokens, told by token id, not by text: a model that merely spells `<think>` in
 its answer has not thought. The answer tags of R1-Zero's format are shown to nobody.
 """
 
-from dataclasses import dataclass
-
+from shoal.server.pieces import Piece
+from shoal.server.tool_calls import CallReader, mark_ids, overlap
 from shoal.text.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, StreamDecoder, Tokenizer
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A bit of text for the client."""
-
-    kind: str
-    """"reasoning" or "content"."""
-    text: str
 
 
 class AnswerReader:
@@ -24,20 +15,35 @@ class AnswerReader:
     Args:
         starts_thinking: the template itself opened the thinking.
         stop: strings that end the content; what could be the beginning of one is held back.
+        reads_calls: the model was told of tools.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, starts_thinking: bool = False, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        starts_thinking: bool = False,
+        stop: tuple[str, ...] = (),
+        reads_calls: bool = False,
+    ) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._think, self._end_think = tokenizer.token_id(THINK), tokenizer.token_id(END_THINK)
         self._hidden = {tokenizer.token_id(ANSWER), tokenizer.token_id(END_ANSWER), tokenizer.eos_token_id}
+        self._marks = mark_ids(tokenizer) if reads_calls else {}
+        self._calls = CallReader(in_text=not self._marks) if reads_calls else None
         self._stop = tuple(text for text in stop if text)
         self._held = ""
         self.is_thinking = starts_thinking
         self.reasoning_tokens = 0
         self.content_ids: list[int] = []
-        """Tokens that the content was written with."""
-        self.stopped = False
-        """A stop string was reached; nothing after it is given out."""
+        """Tokens that the content was written with, up to its first call."""
+        self.stopped_by: str | None = None
+        """The stop string that was reached; nothing after it is given out."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was reached."""
+        return self.stopped_by is not None
 
     def push(self, token_id: int) -> list[Piece]:
         """What can be shown now that this token is known."""
@@ -48,37 +54,61 @@ class AnswerReader:
             self.is_thinking = token_id == self._think
             self.reasoning_tokens += 1
             return pieces
+        if token_id in self._marks and self._calls is not None:
+            pieces = self._flush()
+            self.is_thinking = False  # some models call without ending their thinking first
+            return pieces + self._calls.mark(self._marks[token_id])
         self.reasoning_tokens += self.is_thinking
         if token_id in self._hidden:
             return []
-        if not self.is_thinking:
+        if not self.is_thinking and not (self._calls and self._calls.is_open):
             self.content_ids.append(token_id)
         return self._emit(self._decoder.push(token_id))
 
     def finish(self) -> list[Piece]:
         """What was still held back."""
-        return [] if self.stopped else self._flush()
+        if self.stopped:
+            return []
+        pieces = self._flush()
+        if self._calls is None:
+            return pieces
+        return pieces + self._stopping(self._calls.finish()) + self._release()
 
     def _emit(self, text: str) -> list[Piece]:
-        if self.is_thinking or not self._stop:
-            return self._piece(text)
-        self._held += text
-        found = [place for place in (self._held.find(stop) for stop in self._stop) if place >= 0]
-        if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)], ""
-            return self._piece(text)
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return self._piece(text)
+        if not text:
+            return []
+        if self.is_thinking:
+            return [Piece("reasoning", text)]
+        return self._stopping(self._calls.text(text) if self._calls else [Piece("content", text)])
+
+    def _stopping(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces up to a stop string; an end that may be the beginning of one is held back."""
+        if not self._stop:
+            return pieces
+        given: list[Piece] = []
+        for piece in pieces:
+            if piece.kind != "content":
+                given += [*self._release(), piece]
+                continue
+            self._held += piece.text
+            found = [(place, stop) for stop in self._stop if (place := self._held.find(stop)) >= 0]
+            if found:
+                place, self.stopped_by = min(found, key=lambda pair: pair[0])
+                text, self._held = self._held[:place], ""
+                return [*given, Piece("content", text)] if text else given
+            keep = max(overlap(self._held, stop) for stop in self._stop)
+            text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+            given += [Piece("content", text)] if text else []
+        return given
 
     def _flush(self) -> list[Piece]:
         pieces = self._emit(self._decoder.finish())
-        held, self._held = self._held, ""
-        return pieces + ([] if self.stopped else self._piece(held))
+        return pieces if self.stopped else pieces + self._release()
 
-    def _piece(self, text: str) -> list[Piece]:
-        return [Piece("reasoning" if self.is_thinking else "content", text)] if text else []
+    def _release(self) -> list[Piece]:
+        """What was held back, now that it cannot become a stop string."""
+        held, self._held = self._held, ""
+        return [Piece("content", held)] if held and not self.stopped else []
 
 
 class PlainReader(AnswerReader):
@@ -88,8 +118,3 @@ class PlainReader(AnswerReader):
         super().__init__(tokenizer, stop=stop)
         self._hidden = {tokenizer.eos_token_id}
         self._think = self._end_think = None
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,26 +1,20 @@
 """What clients may send: OpenAI's chat and text requests with DeepSeek's additions, unknown fields ignored.
 
-Every number has bounds and every list a length, because each is a lever on somebody else's memory or time (CVE-2026-34756:
-an unbounded `n`). JSON's own extras, NaN and infinities, are refused before they get here (`body.py`).
+Every number has bounds and every list a length; those that an operator may change are in `limits.py`. JSON's own extras,
+NaN and infinities, are refused before they get here (`body.py`).
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-MAX_MESSAGES = 2000
-MAX_TOOLS = 128
-MAX_STOPS = 16
-MAX_TOP_LOGPROBS = 20
-MAX_SAMPLES = 16
+from shoal.server.bounds import Bound
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Stops = Annotated[
-    list[StopString],
-    Field(max_length=MAX_STOPS),
-    BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
-]
-"""One string or several; null is none."""
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+StopString = Annotated[str, StringConstraints(min_length=1), Bound("max_stop_characters", "maxLength")]
+StopStrings = Annotated[list[StopString], Bound("max_stops", "maxItems")]
+UserId = Annotated[str, Bound("max_user_id_bytes", "maxLength")]
+FormText = Annotated[str, Bound("max_schema_characters", "maxLength")]
 
 
 class Lenient(BaseModel):
@@ -33,7 +27,7 @@ class FunctionCall(Lenient):
     """A call that the model made, as it comes back in the history."""
 
     name: str = Field(max_length=256)
-    arguments: str = ""
+    arguments: str | dict[str, Any] = ""
 
 
 class ToolCall(Lenient):
@@ -50,10 +44,11 @@ class Message(Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
     reasoning_content: str | None = None
-    """Of earlier turns: accepted, and left out of the prompt, as the published template does."""
-    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    """Of earlier turns: the template decides whether it is shown; DeepSeek's published one leaves it out. Beside `prefix`
+    it is the thinking that the answer goes on from."""
+    tool_calls: Annotated[list[ToolCall], Bound("max_tools", "maxItems")] | None = None
     tool_call_id: str | None = Field(default=None, max_length=256)
-    prefix: bool = False
+    prefix: bool | None = None
     """Of a last assistant message (beta): the answer goes on from this text."""
 
     def for_template(self) -> dict[str, Any]:
@@ -63,6 +58,8 @@ class Message(Lenient):
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
         return message
 
 
@@ -70,15 +67,15 @@ class Function(Lenient):
     """What a tool is called and takes."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str = Field(default="", max_length=16384)
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    description: str | None = Field(default=None, max_length=16384)
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
 class Tool(Lenient):
     """A function that the model may ask for."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: Function
 
 
@@ -108,29 +105,36 @@ class ResponseFormat(Lenient):
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
     json_schema: JsonSchema | None = None
-    pattern: str | None = Field(default=None, max_length=4096)
-    grammar: str | None = Field(default=None, max_length=65536)
+    pattern: FormText | None = None
+    grammar: FormText | None = None
 
 
 class StreamOptions(Lenient):
     """What a stream should carry beside text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Thinking(Lenient):
     """Whether the template opens the thinking itself, and how long it may be."""
 
-    type: Literal["enabled", "disabled"] = "enabled"
+    type: Literal["enabled", "disabled", "adaptive", "auto"] = "enabled"
     budget_tokens: int | None = Field(default=None, ge=0)
 
 
+class TemplateSwitches(Lenient):
+    """What vLLM's and SGLang's clients say under `chat_template_kwargs`."""
+
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
 class SamplingFields(Lenient):
-    """What every kind of completion shares."""
+    """What every kind of completion shares. Null is the same as absent."""
 
     model: str | None = Field(default=None, max_length=256)
     max_tokens: int | None = Field(default=None, ge=1)
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
@@ -138,45 +142,79 @@ class SamplingFields(Lenient):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
-    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Bound("max_logit_biases", "maxProperties")]
+        | None
+    ) = None
+    """Keys are token ids in digits."""
+    n: Annotated[int, Field(ge=1), Bound("max_samples", "maximum")] | None = None
     seed: int | None = None
-    stop: Stops = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=MAX_STOPS)
-    stream: bool = False
+    stop: StopString | StopStrings | None = None
+    stop_token_ids: Annotated[list[TokenId], Bound("max_stops", "maxItems")] | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int = Field(default=0, ge=-100, le=100)
-    user_id: Annotated[str, StringConstraints(max_length=512)] | None = None
+    priority: int | None = Field(default=None, ge=-100, le=100)
+    user_id: UserId | None = None
     """Isolates the context cache and takes turns apart from others."""
-    user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    user: UserId | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """`n`, 1 where it is absent."""
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage_alone(self) -> bool:
+        """Whether a stream ends with a chunk of nothing but usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatRequest(SamplingFields):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Field(min_length=1), Bound("max_messages", "maxItems")]
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0), Bound("max_top_logprobs", "maximum")] | None = None
     thinking: Thinking | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: Annotated[list[Tool], Bound("max_tools", "maxItems")] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
 
 
 class TextRequest(SamplingFields):
     """Body of `POST /v1/completions` and of fill-in-the-middle at `/beta/completions`."""
 
-    prompt: str | list[int] | list[str] = Field(max_length=10_000_000)
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1), Bound("max_prompts", "maxItems")]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1), Bound("max_prompts", "maxItems")
+        ]
+    )
     suffix: str | None = None
-    echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0), Bound("max_top_logprobs", "maximum")] | None = None
 
 
 class TokenizeRequest(Lenient):
     """Body of `POST /tokenize`: a text, or messages as the template would set them."""
 
     text: str | None = None
-    messages: list[Message] | None = Field(default=None, max_length=MAX_MESSAGES)
+    messages: Annotated[list[Message], Bound("max_messages", "maxItems")] | None = None
+    tools: Annotated[list[Tool], Bound("max_tools", "maxItems")] | None = None
+
+
+class DetokenizeRequest(Lenient):
+    """Body of `POST /detokenize`."""
+
+    tokens: list[TokenId]

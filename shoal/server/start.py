@@ -10,8 +10,10 @@ from pathlib import Path
 
 import uvicorn
 
+from shoal.engine.engine import Engine
 from shoal.engine.loading import LoadedModel, load_for_generation
-from shoal.engine.making import EngineOptions, MadeEngine, make_engine
+from shoal.engine.making import EngineOptions, make_engine
+from shoal.engine.serving import ServingEngine
 from shoal.errors import ServerError
 from shoal.log import say
 from shoal.planner.prices import PRICES, load_prices
@@ -20,6 +22,9 @@ from shoal.server.app import ServerOptions, build_app
 from shoal.server.generation import ServedModel
 from shoal.server.keys import KeyStore, load_key_file
 from shoal.server.ledger import Ledger
+from shoal.server.limits import RequestLimits
+from shoal.server.profiles import PROFILES
+from shoal.server.shutdown import LAST_WORDS_S, DrainingServer, HeaderTimeout
 from shoal.server.worker import EngineWorker
 
 
@@ -40,11 +45,11 @@ class ServeOptions:
     requests_per_minute: int | None = None
     max_concurrent: int | None = None
     max_waiting: int = 256
-    max_body_bytes: int = 8 << 20
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    profile: str = "lenient"
     access_log: bool = False
     drain_s: int = 30
     """After SIGTERM: how long running answers may go on."""
-    watchdog_s: float = 300.0
 
 
 def serve_model(path: Path | None, options: ServeOptions) -> None:
@@ -57,24 +62,17 @@ def serve_model(path: Path | None, options: ServeOptions) -> None:
     access = _access(options)
     check_address(options.host, options.port, may_be_reached=not access.is_open or options.insecure)
     loaded = load_for_generation(path)
-    served = served_model(loaded, make_engine(loaded, options.engine), max_waiting=options.max_waiting)
+    served = served_model(loaded, options)
     served.prices = load_prices(options.prices) if options.prices else PRICES
     served.ledger = Ledger(options.ledger, served.prices) if options.ledger else None
-    app = build_app(
-        served,
-        ServerOptions(
-            access=access,
-            max_body_bytes=options.max_body_bytes,
-            access_log=options.access_log,
-            watchdog_s=options.watchdog_s,
-        ),
-    )
+    app = build_app(served, ServerOptions(access=access, access_log=options.access_log))
     config = uvicorn.Config(
         app,
         host=options.host,
         port=options.port,
         log_level="warning",
-        timeout_graceful_shutdown=options.drain_s,
+        http=HeaderTimeout,
+        timeout_graceful_shutdown=options.drain_s + LAST_WORDS_S,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
@@ -82,22 +80,45 @@ def serve_model(path: Path | None, options: ServeOptions) -> None:
     say(f"serving {served.name} at {where} (chat page) and {where}/v1 (API); stop with Ctrl-C")
     # uvicorn raises the signal again when it has drained: that is a clean end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    uvicorn.Server(config).run()
+    DrainingServer(config, served, options.drain_s).run()
 
 
-def served_model(loaded: LoadedModel, made: MadeEngine, *, max_waiting: int = 256) -> ServedModel:
-    """A loaded model with its engine in a worker."""
+def served_model(loaded: LoadedModel, options: ServeOptions) -> ServedModel:
+    """A loaded model with its engine in a worker.
+
+    Raises:
+        ServerError: the model has no tokenizer, or there is no such profile.
+    """
     if loaded.tokenizer is None or loaded.template is None:
         raise ServerError(f"{loaded.path} has no tokenizer.json; a chat server needs one beside the weights.")
+    if options.profile not in PROFILES:
+        raise ServerError(f"profile={options.profile!r} is unknown; use {', '.join(PROFILES)}.")
+    made = make_engine(loaded, options.engine)
     return ServedModel(
         name=str(loaded.card.get("name") or loaded.path.resolve().name),
-        worker=EngineWorker(made.engine, max_waiting=max_waiting),
+        worker=EngineWorker(
+            made.engine,
+            max_waiting=options.max_waiting,
+            watchdog_s=options.limits.watchdog_s,
+            remake=lambda: made_anew(made.engine),
+        ),
         tokenizer=loaded.tokenizer,
         template=loaded.template,
         max_context=made.engine.max_context,
         description=str(loaded.card.get("description") or ""),
         suggestions=[str(text) for text in loaded.card.get("suggestions") or []][:8],
         disk_cache=made.disk,
+        limits=options.limits,
+        profile=options.profile,
+    )
+
+
+def made_anew(engine: Engine | ServingEngine) -> Engine | ServingEngine:
+    """The same model with nothing held and nothing waiting, for when a failure left the old engine's books in disorder."""
+    if isinstance(engine, Engine):
+        return Engine(engine.model, max_context=engine.max_context)
+    return ServingEngine(
+        engine.model, engine.config, identity=engine.identity, disk=engine.disk, drafter=engine.drafter
     )
 
 

@@ -1,4 +1,4 @@
-"""Waiting politely: keep-alive lines while a request is queued, a refusal while it can still be a status code.
+"""Answers on the wire: empty lines while a request is queued, a refusal while it can still be a status code.
 
 DeepSeek's API sends comments into a stream and empty lines before a whole answer, so that no proxy takes silence for
 death; both are nothing to a parser. A failure before the first byte is an error response; after it, an error event, and
@@ -8,49 +8,74 @@ the stream ends as every stream does.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from shoal.errors import ShoalError
 from shoal.log import say
-from shoal.server.chat import DONE
+from shoal.server.errors import Refusal, refusal_of
+from shoal.server.events import error_body
 
-KEEP_ALIVE_S = 10.0
 COMMENT = b": keep-alive\n\n"
 
 
-async def whole_response(answer: Awaitable[dict[str, Any]], keep_alive_s: float = KEEP_ALIVE_S) -> Response:
-    """The answer as one JSON document; when it takes long, empty lines go ahead of it."""
-    task = asyncio.ensure_future(answer)
+class Answer(Protocol):
+    """An answer in the words of one API."""
+
+    async def whole(self) -> dict[str, Any]: ...
+    def events(self) -> AsyncIterator[bytes]: ...
+    def failure(self, status: int, message: str, kind: str) -> list[bytes]:
+        """How a stream ends that cannot go on."""
+        ...
+
+
+async def respond(answer: Answer, request: Request, *, stream: bool, keep_alive_s: float) -> Response:
+    """The answer in one piece or as it comes. What fails before the first byte is raised, so that it becomes a status code.
+
+    A whole answer that takes long has empty lines go ahead of it.
+    """
+    events = answer.events()
+    first: asyncio.Future[Any] = asyncio.ensure_future(anext(events) if stream else answer.whole())
+    if not await _first_wait(first, request, keep_alive_s):
+        return Response(status_code=499)
+    if first.done() and first.exception() is not None:
+        first.result()
+    if stream:
+        return StreamingResponse(
+            _with_comments(first, events, answer, keep_alive_s),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    if first.done():
+        return JSONResponse(first.result())
+    return StreamingResponse(_after_lines(first, keep_alive_s, request.url.path), media_type="application/json")
+
+
+async def _first_wait(first: "asyncio.Future[Any]", request: Request, keep_alive_s: float) -> bool:
+    """Wait for what comes first, no longer than silence is good; False when the client has left, and the work is given up."""
+    gone = asyncio.ensure_future(_disconnected(request))
     try:
-        done, _ = await asyncio.wait([task], timeout=keep_alive_s)
+        await asyncio.wait([first, gone], timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
     except asyncio.CancelledError:
-        task.cancel()
+        first.cancel()
         raise
-    if done:
-        return JSONResponse(task.result())
-    return StreamingResponse(_after_lines(task, keep_alive_s), media_type="application/json")
+    finally:
+        gone.cancel()
+    if gone.done() and not gone.cancelled() and not first.done():
+        first.cancel()
+        await asyncio.wait([first])
+        return False
+    return True
 
 
-async def stream_response(events: AsyncIterator[bytes], keep_alive_s: float = KEEP_ALIVE_S) -> Response:
-    """The events as they come. What fails before the first one is raised, so that it becomes a status code."""
-    pending = asyncio.ensure_future(anext(events))
-    try:
-        await asyncio.wait([pending], timeout=keep_alive_s)
-    except asyncio.CancelledError:
-        pending.cancel()
-        raise
-    if pending.done() and pending.exception() is not None:
-        pending.result()
-    return StreamingResponse(
-        _with_comments(pending, events, keep_alive_s),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has left: the body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
-async def _after_lines(task: "asyncio.Task[dict[str, Any]]", keep_alive_s: float) -> AsyncIterator[bytes]:
+async def _after_lines(task: "asyncio.Future[dict[str, Any]]", keep_alive_s: float, path: str) -> AsyncIterator[bytes]:
     try:
         while not task.done():
             yield b"\n"
@@ -58,13 +83,14 @@ async def _after_lines(task: "asyncio.Task[dict[str, Any]]", keep_alive_s: float
         try:
             yield json.dumps(task.result(), ensure_ascii=False).encode()
         except Exception as error:
-            yield json.dumps(_failure(error)).encode()
+            refusal = _failure(error)
+            yield json.dumps(error_body(refusal.message, refusal.kind, path=path)).encode()
     finally:
         task.cancel()
 
 
 async def _with_comments(
-    pending: "asyncio.Future[bytes]", events: AsyncIterator[bytes], keep_alive_s: float
+    pending: "asyncio.Future[bytes]", events: AsyncIterator[bytes], answer: Answer, keep_alive_s: float
 ) -> AsyncIterator[bytes]:
     try:
         while True:
@@ -76,8 +102,9 @@ async def _with_comments(
             except StopAsyncIteration:
                 return
             except Exception as error:
-                yield b"data: " + json.dumps(_failure(error)).encode() + b"\n\n"
-                yield DONE
+                refusal = _failure(error)
+                for last in answer.failure(refusal.status, refusal.message, refusal.kind):
+                    yield last
                 return
             yield item
             pending = asyncio.ensure_future(anext(events))
@@ -97,8 +124,8 @@ async def _quietly(closing: Awaitable[None]) -> None:
         await asyncio.sleep(0)
 
 
-def _failure(error: Exception) -> dict[str, Any]:
-    if not isinstance(error, ShoalError):
+def _failure(error: Exception) -> Refusal:
+    refusal = refusal_of(error)
+    if refusal.status == 500:
         say(f"an answer failed: {type(error).__name__}: {error}")
-    message = str(error) if isinstance(error, ShoalError) else "the server failed on this request."
-    return {"error": {"message": message, "type": "server_error", "param": None, "code": "server_error"}}
+    return refusal

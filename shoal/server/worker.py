@@ -1,26 +1,30 @@
 """The engine's thread: the one place that touches the model while the server runs.
 
 Requests come in from the event loop, tokens go out to it; in between the thread steps the engine, so that requests join
-and leave a running batch. A step that fails ends the requests it was working on; a thread that dies is started again; a
-step that hangs is seen from outside (`stuck_for_s`).
+and leave a running batch. A step that fails ends the requests it was working on; an engine that cannot let go of them, or
+fails again at once, is made anew; a thread that dies is started again. A step that hangs is seen from outside: whoever
+waits for it is told so after the watchdog's time.
 
 Every step's energy is shared among the requests in proportion to the tokens that were computed for them.
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shoal.engine.request import Request, TokenEvent
-from shoal.errors import RequestError, ServerError
+from shoal.errors import ServerError, ShoalError
 from shoal.log import say
 from shoal.planner.energy import EnergyMeter
 
 IDLE_POLL_S = 0.05
+PATIENCE_S = 1.0
+"""How often whoever waits for a token looks whether the engine hangs."""
 
 
 class StepEngine(Protocol):
@@ -41,16 +45,17 @@ class StepEngine(Protocol):
 
 @dataclass
 class Ticket:
-    """One request's way back: events arrive in `events`, the last one of every sample carries a finish reason."""
+    """One request's way back: events arrive in `events`, the last one of every sample carries a finish reason. They are no
+    more than the tokens that were asked for, so a slow reader holds up nobody."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    events: "asyncio.Queue[TokenEvent | RequestError]" = field(default_factory=asyncio.Queue)
+    events: "asyncio.Queue[TokenEvent | ShoalError]" = field(default_factory=asyncio.Queue)
     request_id: int | None = None
     cancelled: bool = False
     joules: float = 0.0
 
-    def deliver(self, event: "TokenEvent | RequestError") -> None:
+    def deliver(self, event: "TokenEvent | ShoalError") -> None:
         """Hand an event to the event loop; called from the engine's thread."""
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -63,11 +68,21 @@ class EngineWorker:
 
     Args:
         max_waiting: requests taken in and not finished; more are told to come back.
+        watchdog_s: of one step, after which its requests end.
+        remake: makes the engine anew when it is broken; None goes on with the old one.
     """
 
-    def __init__(self, engine: StepEngine, *, max_waiting: int = 256) -> None:
-        self.engine, self.max_waiting = engine, max_waiting
-        self.restarts = 0
+    def __init__(
+        self,
+        engine: StepEngine,
+        *,
+        max_waiting: int = 256,
+        watchdog_s: float = 300.0,
+        remake: Callable[[], StepEngine] | None = None,
+    ) -> None:
+        self.engine, self.max_waiting, self.watchdog_s, self.remake = engine, max_waiting, watchdog_s, remake
+        self.restarts = self.failed_steps = 0
+        self._failed_last = False
         self._inbox: queue.Queue[Ticket] = queue.Queue()
         self._running: dict[int, Ticket] = {}
         self._stopping = threading.Event()
@@ -101,6 +116,12 @@ class EngineWorker:
         began_s = self._step_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
 
+    def trouble(self) -> str | None:
+        """What is wrong with the engine, if anything."""
+        if self.stuck_for_s() > self.watchdog_s:
+            return f"the engine has been in one step for {self.stuck_for_s():.0f} s"
+        return None if self._thread.is_alive() else "the engine's thread has ended"
+
     def submit(self, request: Request) -> Ticket:
         """Put a request in line; read it with `stream`.
 
@@ -113,22 +134,51 @@ class EngineWorker:
         self._inbox.put(ticket)
         return ticket
 
-    async def stream(self, ticket: Ticket) -> AsyncGenerator[TokenEvent, None]:
+    async def stream(
+        self, ticket: Ticket, *, first_s: float = math.inf, whole_s: float = math.inf
+    ) -> AsyncGenerator[TokenEvent, None]:
         """Events of a request until all its samples have ended; leaving early cancels it.
 
+        Args:
+            first_s: how long to wait for the first event.
+            whole_s: how long to wait for the last one.
         Raises:
             RequestError: the engine refuses the request.
+            ServerError: it took too long, or a step hangs.
         """
         left = ticket.request.sampling.num_samples
+        started_s = time.monotonic()
+        has_begun = False
         try:
             while left:
-                event = await ticket.events.get()
-                if isinstance(event, RequestError):
+                event = await self._next(ticket, started_s + (whole_s if has_begun else min(first_s, whole_s)))
+                if isinstance(event, ShoalError):
                     raise event
+                has_begun = True
                 left -= event.finish_reason is not None
                 yield event
         finally:
             ticket.cancelled = True
+
+    async def _next(self, ticket: Ticket, until_s: float) -> "TokenEvent | ShoalError":
+        """The next event; looks up now and then, because a hanging engine sends none."""
+        while True:
+            left_s = until_s - time.monotonic()
+            try:
+                return await asyncio.wait_for(ticket.events.get(), min(max(left_s, 0.0), PATIENCE_S))
+            except asyncio.TimeoutError:
+                pass
+            if self.stuck_for_s() > self.watchdog_s:
+                return ServerError(f"the engine hangs in a step for {self.stuck_for_s():.0f} s; try again later.")
+            if time.monotonic() >= until_s:
+                return ServerError("the request took longer than this server allows; try again when it is less busy.")
+
+    def end_all(self, message: str) -> None:
+        """End every open request with an error; called from the event loop when a drain has lasted too long."""
+        with self._inbox.mutex:
+            waiting = list(self._inbox.queue)
+        for ticket in [*waiting, *list(self._running.values())]:
+            ticket.deliver(ServerError(message))
 
     def _supervise(self) -> None:
         """Keep the loop alive whatever happens in it."""
@@ -139,6 +189,7 @@ class EngineWorker:
                 self.restarts += 1
                 say(f"engine thread died ({type(error).__name__}: {error}); started again")
                 self._fail_all()
+                self._stopping.wait(IDLE_POLL_S)  # what dies at once must not spin
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -151,10 +202,13 @@ class EngineWorker:
                 events = self.engine.step()
             except Exception as error:  # whatever broke, the server goes on
                 say(f"engine step failed: {type(error).__name__}: {error}; {len(self._running)} requests ended")
-                self._fail_all()
+                self.failed_steps += 1
+                self._fail_all(broken=self._failed_last)
+                self._failed_last = True
                 continue
             finally:
                 self._step_began_s = None
+            self._failed_last = False
             self._share_energy()
             for event in events:
                 self._pass_on(event)
@@ -173,8 +227,12 @@ class EngineWorker:
                 continue
             try:
                 ticket.request_id = self.engine.add(ticket.request)
-            except RequestError as error:
+            except ShoalError as error:
                 ticket.deliver(error)
+                continue
+            except Exception as error:  # one request's trouble is nobody else's
+                say(f"the engine did not take a request: {type(error).__name__}: {error}")
+                ticket.deliver(ServerError("the engine failed on this request."))
                 continue
             self._running[ticket.request_id] = ticket
 
@@ -200,11 +258,20 @@ class EngineWorker:
         if event.finish_reason is not None and ticket.request.sampling.num_samples == 1:
             del self._running[event.request_id]
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, *, broken: bool = False) -> None:
+        """End all running requests, and the engine itself when it does not let go of them."""
         for request_id, ticket in list(self._running.items()):
-            self.engine.cancel(request_id)
             for sample in range(ticket.request.sampling.num_samples):
                 ticket.deliver(
                     TokenEvent(request_id=request_id, sample=sample, token_id=None, logprob=0.0, finish_reason="error")
                 )
+            try:
+                self.engine.cancel(request_id)
+            except Exception as error:
+                say(f"the engine could not drop a request: {type(error).__name__}: {error}")
+                broken = True
         self._running.clear()
+        if self.remake is not None and (broken or not self.engine.is_idle):
+            say("the engine is broken and made anew")
+            self.engine = self.remake()
+            self.restarts += 1

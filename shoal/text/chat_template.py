@@ -17,6 +17,7 @@ from shoal.errors import TokenizerError
 from shoal.text.messages import plain_messages
 from shoal.text.template_sandbox import BoundedTemplate, JsonText
 from shoal.text.tokenizer import Tokenizer
+from shoal.text.tools import describe, refuse_marks
 
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}"
@@ -66,6 +67,8 @@ class ChatTemplate:
     def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
         self._template = BoundedTemplate(source)
+        self.reads_tools = re.search(r"\btools\b", source) is not None
+        """Whether the template shows tools itself; those of others are told of in the system text."""
 
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> "ChatTemplate":
@@ -111,10 +114,16 @@ class ChatTemplate:
         """
         return self._render(plain_messages(messages), add_generation_prompt, thinking)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool, thinking: bool | None) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         values: dict[str, Any] = {"messages": messages, "bos_token": self.bos_token, "eos_token": self.eos_token}
-        values |= {"add_generation_prompt": add_generation_prompt, "thinking": bool(thinking), "tools": None}
-        return self._template.render(values)
+        values |= {"add_generation_prompt": add_generation_prompt, "thinking": bool(thinking)}
+        return self._template.render({**values, "tools": list(tools) or None})
 
     def encode(
         self,
@@ -123,6 +132,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         recall: Callable[[str], Sequence[int] | None] | None = None,
     ) -> list[int]:
         """The conversation as token ids; control tokens come from the template alone.
@@ -133,6 +143,7 @@ class ChatTemplate:
         loses that message's content; this is said as an error, never passed on.
 
         Args:
+            tools: that the model may call, in OpenAI's form.
             recall: the ids that a model wrote a text with, if it did: they may differ from how `tokenizer` cuts the text,
                 and then only they find the model's cached state.
 
@@ -141,11 +152,12 @@ class ChatTemplate:
             TokenizerError: the template refuses or drops a message, misbehaves, or runs past its limits.
         """
         hidden = _Hidden()
-        rendered = self._render(
-            [hidden.message(message, number) for number, message in enumerate(plain_messages(messages), start=1)],
-            add_generation_prompt,
-            thinking,
-        )
+        turns = [hidden.message(message, number) for number, message in enumerate(plain_messages(messages), start=1)]
+        if tools and self.reads_tools:
+            refuse_marks(tools, tokenizer.special_tokens)
+        elif tools:
+            turns = _with_system_text(turns, describe(tools, lambda text: hidden.hide(text, 1)))
+        rendered = self._render(turns, add_generation_prompt, thinking, tools if self.reads_tools else ())
         pieces = hidden.pattern.split(rendered)
         shown = {int(index) for index in pieces[1::2]}
         for index, number in hidden.owner.items():
@@ -174,6 +186,13 @@ class ChatTemplate:
         return tokenizer.encode(before, allow_special=True), tokenizer.encode(after, allow_special=True)
 
 
+def _with_system_text(turns: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The turns with more to read in front: at the end of the first system text, or as one."""
+    if turns and turns[0]["role"] == "system":
+        return [{**turns[0], "content": f"{turns[0]['content']}\n\n{text}"}, *turns[1:]]
+    return [{"role": "system", "content": text}, *turns]
+
+
 class _Hidden:
     """Texts from outside, kept away from a template behind unguessable placeholders."""
 
@@ -191,18 +210,19 @@ class _Hidden:
             content = (
                 message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
             )
-            hidden["content"] = self._hide(content, number)
+            hidden["content"] = self.hide(content, number)
         if "tool_calls" in message:
             hidden["tool_calls"] = [
-                {**call, "function": {**function, "arguments": JsonText(self._hide(function["arguments"], number))}}
+                {**call, "function": {**function, "arguments": JsonText(self.hide(function["arguments"], number))}}
                 for call in message["tool_calls"]
                 for function in [call["function"]]
             ]
         if "reasoning_content" in message:
-            hidden["reasoning_content"] = self._hide(message["reasoning_content"], None)
+            hidden["reasoning_content"] = self.hide(message["reasoning_content"], None)
         return hidden
 
-    def _hide(self, text: str, number: int | None) -> str:
+    def hide(self, text: str, number: int | None) -> str:
+        """What stands for a text; `number` is None for one that a template may leave out."""
         index = len(self.texts)
         self.texts.append(text)
         if number is not None:

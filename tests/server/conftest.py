@@ -19,7 +19,8 @@ from shoal.server.app import ServerOptions, build_app
 from shoal.server.generation import ServedModel
 from shoal.server.worker import EngineWorker
 from shoal.text.chat_template import ChatTemplate
-from shoal.text.tokenizer import Tokenizer
+from shoal.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+from shoal.text.tools import MARKS
 
 
 @dataclass
@@ -30,9 +31,17 @@ class Running:
     served: ServedModel
 
 
-def tiny_served() -> ServedModel:
-    """A random model of a real tokenizer's size."""
-    tokenizer = Tokenizer.train(["how many fish are in the shoal? 12 fish."] * 4, 300)
+FIM_MARKS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+
+
+def tiny_served(context: int = 256, more_tokens: tuple[str, ...] = ()) -> ServedModel:
+    """A random model of a real tokenizer's size.
+
+    Args:
+        more_tokens: control tokens that its tokenizer has besides the usual ones.
+    """
+    special = (*SPECIAL_TOKENS, *more_tokens)
+    tokenizer = Tokenizer.train(["how many fish are in the shoal? 12 fish."] * 4, 291 + len(special), special)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -46,14 +55,14 @@ def tiny_served() -> ServedModel:
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=16,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         initializer_range=0.3,
     )
     model = Transformer(config)
     initialise(model, 0)
     if fits(config):
         packed = PackedModel(config, model.state_dict().__getitem__, "f32")
-        engine: Engine | ServingEngine = ServingEngine(packed, ServingConfig(cache_bytes=1 << 22))
+        engine: Engine | ServingEngine = ServingEngine(packed, ServingConfig(cache_bytes=max(1 << 22, context << 12)))
     else:
         engine = Engine(model.eval())
     return ServedModel(
@@ -61,7 +70,7 @@ def tiny_served() -> ServedModel:
         worker=EngineWorker(engine),
         tokenizer=tokenizer,
         template=ChatTemplate.default(tokenizer),
-        max_context=256,
+        max_context=context,
         description="Random weights, for tests.",
         suggestions=["how many fish?", "<b>bold?</b>"],
     )
@@ -91,3 +100,9 @@ def running() -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
     yield from run_server(ServerOptions(access=Access(["secret"])))
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Running]:
+    """With room for tools in the prompt, and tokens for their calls and for filling in."""
+    yield from run_server(served=tiny_served(4096, (*MARKS, *FIM_MARKS)))
