@@ -118,7 +118,7 @@ def made_anew(engine: Engine | ServingEngine) -> Engine | ServingEngine:
     if isinstance(engine, Engine):
         return Engine(engine.model, max_context=engine.max_context)
     return ServingEngine(
-        engine.model, engine.config, identity=engine.identity, disk=engine.disk, drafter=engine.drafter
+        engine.model, engine.config, identity=engine.identity, disk=engine.disk, speculation=engine.speculation
     )
 
 
