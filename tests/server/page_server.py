@@ -22,8 +22,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
+from shoal.errors import ShoalError
 from shoal.server import run_pages
+from shoal.server.app import error_response
 from shoal.server.guard import PAGE_POLICY
+from shoal.server.plan_pages import plan_router
 
 WEB = Path(run_pages.__file__).with_name("web")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -146,6 +149,8 @@ def scripted_app(model: ScriptedModel, runs_dir: Path | None) -> FastAPI:
             return JSONResponse({"error": {"message": message}}, status_code=status)
         return StreamingResponse(model.stream(body), media_type="text/event-stream")
 
+    app.include_router(plan_router())
+    app.add_exception_handler(ShoalError, lambda _, error: error_response(400, str(error), "invalid_request_error"))
     if runs_dir:
         app.include_router(run_pages.runs_router(runs_dir))
     app.mount("/web", StaticFiles(directory=WEB))

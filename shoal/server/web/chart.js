@@ -1,24 +1,32 @@
 // Line charts, drawn as SVG with what is at hand: round ticks, one line per series, a cursor that reads values out.
+import { linearAcross, linearUp, logarithmicAcross, logarithmicUp } from "./axis.js";
 import { element, svg } from "./dom.js";
 import { rounded } from "./facts.js";
 
 const WIDTH = 340;
 const HEIGHT = 190;
-const LEFT = 42;
-const RIGHT = 10;
+const LEFT = 46;
+const RIGHT = 14;
 const TOP = 10;
 const BOTTOM = 26;
 const MAX_POINTS = 400;
+export const NUM_COLOURS = 8;
 
 export class LineChart {
   // `fromZero` draws the axis from zero even where the data stay above it.
   // `isDullAtZero` hides it while nothing in it differs from zero.
-  constructor({ title, about = "", fromZero = false, isDullAtZero = false }) {
-    Object.assign(this, { title, fromZero, isDullAtZero, series: [], cursor: null });
-    this.readout = element("p", { class: "readout", "aria-live": "off" });
+  // `isLogarithmic` spaces both axes by factors. `stepText` and `valueText` write numbers with their units; `isNamed` puts
+  // the readout below, with the names of the series.
+  constructor({
+    title, about = "", fromZero = false, isDullAtZero = false, isLogarithmic = false, isNamed = false,
+    stepText = (step) => `step ${step}`, valueText = rounded, stepTick = short, valueTick = short,
+  }) {
+    Object.assign(this, { title, fromZero, isDullAtZero, isLogarithmic, isNamed, stepText, valueText, stepTick, valueTick });
+    Object.assign(this, { series: [], cursor: null });
+    this.readout = element("p", { class: isNamed ? "readout named" : "readout", "aria-live": "off" });
     this.plot = svg("svg", { class: "chart", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0 });
-    const caption = element("figcaption", {}, element("span", { class: "chart-title", title: about || null }, title), this.readout);
-    this.root = element("figure", { class: "figure" }, caption, this.plot);
+    const caption = element("figcaption", {}, element("span", { class: "chart-title", title: about || null }, title), isNamed ? null : this.readout);
+    this.root = element("figure", { class: "figure" }, caption, this.plot, isNamed ? this.readout : null);
     this.plot.addEventListener("pointermove", (event) => this.point(event));
     this.plot.addEventListener("pointerleave", () => this.moveCursor(null));
     this.plot.addEventListener("blur", () => this.moveCursor(null));
@@ -31,7 +39,7 @@ export class LineChart {
     this.series = series.filter((one) => one.points.length > 0 && !isDull(one));
     this.root.hidden = this.series.length === 0;
     if (this.root.hidden) return;
-    this.scale = scaleOf(this.series, this.fromZero);
+    this.scale = scaleOf(this.series, this);
     this.marker = svg("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
     const lines = this.series.map((one) => this.line(one));
     this.plot.replaceChildren(...this.axes(), ...lines, this.marker);
@@ -44,23 +52,23 @@ export class LineChart {
     const path = thinned(points).map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`);
     if (path.length === 1) {
       const [cx, cy] = path[0].split(",");
-      return svg("circle", { class: `dot series-${slot % 6}`, cx, cy, r: 3 });
+      return svg("circle", { class: `dot ${colour(slot)}`, cx, cy, r: 3 });
     }
-    return svg("polyline", { class: `line series-${slot % 6}`, points: path.join(" ") });
+    return svg("polyline", { class: `line ${colour(slot)}`, points: path.join(" ") });
   }
 
   axes() {
     const { x, y, steps, values } = this.scale;
     const rows = values.flatMap((value) => [
       svg("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
-      svg("text", { class: "tick", x: LEFT - 6, y: y(value) + 3.5, "text-anchor": "end" }, short(value)),
+      svg("text", { class: "tick", x: LEFT - 6, y: y(value) + 3.5, "text-anchor": "end" }, this.valueTick(value)),
     ]);
-    const columns = steps.map((step) => svg("text", { class: "tick", x: x(step), y: HEIGHT - 8, "text-anchor": "middle" }, short(step)));
+    const columns = steps.map((step) => svg("text", { class: "tick", x: x(step), y: HEIGHT - 8, "text-anchor": "middle" }, this.stepTick(step)));
     return [...rows, ...columns];
   }
 
   description() {
-    const parts = this.series.map(({ name, points }) => `${name}: ${rounded(points.at(-1)[1])} at step ${points.at(-1)[0]}`);
+    const parts = this.series.map(({ name, points }) => `${name}: ${this.valueText(points.at(-1)[1])} at ${this.stepText(points.at(-1)[0])}`);
     return `${this.title}. Last values: ${parts.join("; ")}. Arrow keys read values.`;
   }
 
@@ -87,16 +95,18 @@ export class LineChart {
       return { name, slot, at, value };
     });
     const values = found.map(({ name, slot, value }) => element(
-      "span", { class: `value series-${slot % 6}`, title: name }, rounded(value),
+      "span", { class: `value ${colour(slot)}`, title: name },
+      this.isNamed ? element("span", { class: "series-name" }, element("span", { class: "swatch" }), name) : null, this.valueText(value),
     ));
     this.readout.replaceChildren(...values);
+    if (this.isNamed) this.readout.prepend(element("span", { class: "quiet" }, `at ${this.stepText(found[0].at)}`));
     if (step === null) {
       this.marker?.setAttribute("visibility", "hidden");
       return;
     }
     const at = this.scale.x(found[0].at);
     for (const [name, value] of Object.entries({ x1: at, x2: at, visibility: "visible" })) this.marker.setAttribute(name, value);
-    this.readout.append(element("span", { class: "quiet" }, `step ${found[0].at}`));
+    if (!this.isNamed) this.readout.append(element("span", { class: "quiet" }, this.stepText(found[0].at)));
   }
 }
 
@@ -117,7 +127,7 @@ export class Legend {
         else this.hiddenNames.add(name);
         this.onToggle();
       });
-      return element("label", { class: `series-${slot % 6}` }, box, element("span", { class: "swatch" }), name);
+      return element("label", { class: colour(slot) }, box, element("span", { class: "swatch" }), name);
     }));
   }
 
@@ -126,35 +136,21 @@ export class Legend {
   }
 }
 
-// Round numbers that span [low, high], about `count` of them.
-export function ticks(low, high, count = 5) {
-  const span = high - low || Math.abs(high) || 1;
-  const power = 10 ** Math.floor(Math.log10(span / count));
-  const step = power * [1, 2, 5, 10].find((factor) => span / (power * factor) <= count);
-  const out = [];
-  const digits = Math.max(0, -Math.floor(Math.log10(step)));
-  for (let index = Math.floor(low / step + 1e-9); index <= Math.ceil(high / step - 1e-9); index += 1) {
-    out.push(Number((index * step).toFixed(Math.min(digits, 20))));
-  }
-  return out;
-}
+export const colour = (slot) => `series-${slot % NUM_COLOURS}`;
 
-function scaleOf(series, fromZero) {
+function scaleOf(series, { fromZero, isLogarithmic }) {
   const points = series.flatMap((one) => one.points);
-  const [firstStep, lastStep] = extent(points.map(([step]) => step));
-  const [lowest, highest] = extent(points.map(([, value]) => value));
-  const low = fromZero ? Math.min(0, lowest) : lowest;
-  const values = ticks(low, highest === low ? low + (Math.abs(low) || 1) * 0.1 : highest);
-  const [bottom, top] = [values[0], values.at(-1)];
-  const steps = ticks(firstStep, lastStep, 6).filter((step) => step >= firstStep && step <= lastStep);
-  const across = WIDTH - LEFT - RIGHT;
-  const span = lastStep - firstStep || 1;
+  const steps = extent(points.map(([step]) => step));
+  const values = extent(points.map(([, value]) => value));
+  const across = isLogarithmic ? logarithmicAcross(...steps) : linearAcross(...steps);
+  const up = isLogarithmic ? logarithmicUp(...values) : linearUp(...values, fromZero);
+  const [width, height] = [WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM];
   return {
-    values,
-    steps,
-    x: (step) => LEFT + ((step - firstStep) / span) * across,
-    y: (value) => HEIGHT - BOTTOM - ((value - bottom) / (top - bottom)) * (HEIGHT - TOP - BOTTOM),
-    stepAt: (position) => firstStep + ((position - LEFT) / across) * span,
+    values: up.ticks,
+    steps: across.ticks,
+    x: (step) => LEFT + across.share(step) * width,
+    y: (value) => HEIGHT - BOTTOM - up.share(value) * height,
+    stepAt: (position) => across.at((position - LEFT) / width),
   };
 }
 

@@ -1,32 +1,36 @@
-// Starts the page: which of its two parts the address names, and the keys that work everywhere.
+// Starts the page: which of its parts the address names, and the keys that work everywhere.
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
 import { icon } from "./icons.js";
 import { prepareKeyDialog } from "./key_dialog.js";
+import { PlanPage } from "./plan_page.js";
 import { RunsPage } from "./runs_page.js";
 
 const ICONS = { "open-sidebar": "menu", "open-settings": "settings", "close-settings": "close", jump: "down" };
 
 const chat = new Chat();
 const runs = new RunsPage();
+const plan = new PlanPage();
+const PARTS = ["chat", "runs", "plan"];
 
+// #/ is the chat, #/runs/NAME a run, #/plan?model=v3&... a plan.
 function route() {
-  const [, part, name = ""] = location.hash.split("/");
-  const isRuns = part === "runs";
-  byId("chat").hidden = isRuns;
-  byId("runs").hidden = !isRuns;
-  for (const [id, isCurrent] of [["to-chat", !isRuns], ["to-runs", isRuns]]) {
-    if (isCurrent) byId(id).setAttribute("aria-current", "page");
-    else byId(id).removeAttribute("aria-current");
+  const [path, query = ""] = location.hash.split("?");
+  const [, asked, name = ""] = path.split("/");
+  const current = PARTS.includes(asked) ? asked : "chat";
+  for (const part of PARTS) {
+    byId(part).hidden = part !== current;
+    if (part === current) byId(`to-${part}`).setAttribute("aria-current", "page");
+    else byId(`to-${part}`).removeAttribute("aria-current");
   }
-  for (const id of ["open-sidebar", "open-settings"]) byId(id).hidden = isRuns;
-  if (isRuns) {
+  for (const id of ["open-sidebar", "open-settings"]) byId(id).hidden = current !== "chat";
+  if (current !== "chat") {
     chat.sidebar.close();
     chat.settings.close();
-    runs.open(decoded(name));
-  } else {
-    runs.close();
   }
+  if (current === "runs") runs.open(decoded(name));
+  else runs.close();
+  if (current === "plan") plan.open(new URLSearchParams(query));
 }
 
 function decoded(text) {
