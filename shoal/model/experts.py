@@ -23,7 +23,9 @@ from shoal.kernels.dispatch import (
     swiglu_backward,
     swiglu_forward,
 )
+from shoal.model.fp8_products import Fp8GroupedSwiGLU
 from shoal.model.layers import Linear
+from shoal.quant.fp8_recipe import Fp8Recipe
 
 ROW_PADDING = 32
 
@@ -45,6 +47,9 @@ class SwiGLU(nn.Module):
                 return fused_MD.view_as(x)
         one_group = [(0, len(flat_MD))]
         weights = (self.gate_up_proj.weight.unsqueeze(0), self.down_proj.weight.unsqueeze(0))
+        if self.down_proj.fp8 is not None:
+            product: Tensor = Fp8GroupedSwiGLU.apply(flat_MD, *weights, one_group, self.down_proj.fp8)
+            return product.view_as(x)
         out: Tensor = GroupedSwiGLU.apply(flat_MD.to(dtype), *weights, one_group, dtype)
         return out.to(x.dtype).view_as(x)
 
@@ -59,9 +64,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.compute_dtype: torch.dtype | None = None
+        self.fp8: Fp8Recipe | None = None
 
     def forward(self, x_MD: Tensor, weight_MK: Tensor, expert_MK: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, `[M, D]` in the dtype of `x_MD`."""
+        if self.fp8 is not None:
+            return self._fp8(x_MD, weight_MK, expert_MK, self.fp8)
         dtype = self.compute_dtype or x_MD.dtype
         if dtype == torch.bfloat16:
             fused_MD = products.swiglu_experts(x_MD, weight_MK, expert_MK, self.gate_up_proj, self.down_proj)
@@ -73,6 +81,13 @@ class Experts(nn.Module):
             out_PD = grouped_swiglu_cuda(slot_PD, self.gate_up_proj, self.down_proj, layout.end_E)
         else:
             out_PD = GroupedSwiGLU.apply(slot_PD, self.gate_up_proj, self.down_proj, layout.groups, dtype)
+        return Combine.apply(out_PD, weight_MK, layout, x_MD.dtype)
+
+    def _fp8(self, x_MD: Tensor, weight_MK: Tensor, expert_MK: Tensor, recipe: Fp8Recipe) -> Tensor:
+        """The same with FP8 products; the sum over choices stays in the dtype of the residual stream."""
+        layout = SlotLayout.of(expert_MK, len(self.gate_up_proj), pad=1)
+        slot_PD: Tensor = Dispatch.apply(x_MD, layout, x_MD.dtype)
+        out_PD = Fp8GroupedSwiGLU.apply(slot_PD, self.gate_up_proj, self.down_proj, layout.groups, recipe)
         return Combine.apply(out_PD, weight_MK, layout, x_MD.dtype)
 
 

@@ -25,7 +25,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * width)
         self.k_proj = Linear(config.hidden_size, config.kv_heads * width)
         self.v_proj = Linear(config.hidden_size, config.kv_heads * width)
-        self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size)
+        self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size, after_attention=True)
 
     def forward(
         self,

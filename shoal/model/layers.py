@@ -3,7 +3,7 @@
 Parameters and the residual stream stay in float32; only matrix products run in `compute_dtype` (bfloat16 where the
 processor multiplies it faster, see `device.fast_dtype`). That is the CPU form of the published mixed-precision recipe
 (DeepSeek-V3 §3.3: low precision in the products, high precision in norms, gates and attention core). `Linear` asks for
-its dtype in one place, which is also where quantised weights enter.
+its dtype in one place, which is also where FP8 training enters (`fp8_products.py`).
 """
 
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from shoal.device import fast_dtype
 from shoal.kernels import products
 from shoal.kernels.dispatch import rms_norm
+from shoal.model.fp8_products import Fp8LinearProduct
+from shoal.quant.fp8_recipe import Fp8Recipe
 
 
 class LinearProduct(torch.autograd.Function):
@@ -52,14 +54,21 @@ def linear_product(x: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = Non
 
 
 class Linear(nn.Module):
-    """A bias-free linear map whose product runs in `compute_dtype`; `weight` is `[out, in]` as published."""
+    """A bias-free linear map whose product runs in `compute_dtype`, or in FP8; `weight` is `[out, in]` as published."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, after_attention: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.compute_dtype: torch.dtype | None = None
+        self.fp8: Fp8Recipe | None = None
+        self.after_attention = after_attention
+        """Inputs come from the attention core; the FP8 recipe keeps those more finely."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None:
+            flat_MD = x.reshape(-1, x.shape[-1])
+            product: Tensor = Fp8LinearProduct.apply(flat_MD, self.weight, self.fp8, self.after_attention)
+            return product.view(*x.shape[:-1], len(self.weight))
         return linear_product(x, self.weight, self.compute_dtype)
 
 
@@ -76,8 +85,11 @@ class RMSNorm(nn.Module):
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of matrix products that a config's `precision` means: "auto", "fp32" or "bf16"; None leaves float32."""
-    if precision == "auto":
+    """The dtype of matrix products that a config's `precision` means; None leaves float32.
+
+    With "fp8" it is the dtype of what stays in high precision (head, prediction join), chosen as by "auto".
+    """
+    if precision in ("auto", "fp8"):
         fast = fast_dtype(device)
         return None if fast == torch.float32 else fast
     return torch.bfloat16 if precision == "bf16" else None
@@ -88,3 +100,14 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype  # type: ignore[assignment]
+
+
+def set_fp8(model: nn.Module, recipe: Fp8Recipe | None) -> None:
+    """Take the products of every linear and expert layer inside decoder layers in FP8; None turns it off.
+
+    Embedding, head, router and the join of multi-token prediction stay as they are (DeepSeek-V3 §3.3.1).
+    """
+    for name, module in model.named_modules():
+        inside = name.startswith("layers.") or (name.startswith("mtp.") and ".block." in name)
+        if hasattr(module, "fp8") and inside:
+            module.fp8 = recipe

@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, num_heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = Linear(num_heads * config.v_head_dim, hidden)
+        self.o_proj = Linear(num_heads * config.v_head_dim, hidden, after_attention=True)
         yarn = config.rope_scaling
         self.softmax_scale = config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0)
 

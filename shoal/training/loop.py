@@ -18,9 +18,10 @@ import torch
 from shoal.device import peak_memory_bytes
 from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
-from shoal.model.layers import compute_dtype, set_compute_dtype
+from shoal.model.layers import compute_dtype, set_compute_dtype, set_fp8
 from shoal.model.load_balance import max_violation
 from shoal.model.transformer import Transformer
+from shoal.quant.fp8_recipe import Fp8Recipe
 from shoal.text.packing import Batch
 from shoal.training.evaluate import Evaluation
 from shoal.training.loss import LossWeights
@@ -57,8 +58,10 @@ class TrainingConfig:
     """Step of the balance bias (gamma); published 0.001, larger for short runs."""
     bias_freeze_fraction: float = 0.0
     """Share of the last steps in which the bias stands still (published: the last 500B of 14.8T tokens)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """Of matrix products; "auto" takes bf16 where the processor multiplies it faster."""
+    fp8: Fp8Recipe = field(default_factory=Fp8Recipe)
+    """Switches of precision "fp8"; emulated where the device has no FP8 units."""
     compile: bool = False
     """Compile the decoder layers with torch.compile; pays on long runs."""
     seed: int = 0
@@ -72,8 +75,8 @@ class TrainingConfig:
             raise ConfigError("steps, accumulation, log_every and checkpoint_every must be at least 1.")
         if not 0 <= self.bias_freeze_fraction <= 1 or self.bias_speed < 0:
             raise ConfigError("bias_freeze_fraction must be in [0, 1] and bias_speed not negative.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ConfigError(f"precision={self.precision!r} is unknown; use 'auto', 'fp32' or 'bf16'.")
+        if self.precision not in ("auto", "fp32", "bf16", "fp8"):
+            raise ConfigError(f"precision={self.precision!r} is unknown; use 'auto', 'fp32', 'bf16' or 'fp8'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,7 @@ class _Training:
         """Train, then evaluate once more."""
         device = self.model.embed_tokens.weight.device
         set_compute_dtype(self.model, compute_dtype(self.config.precision, device))
+        set_fp8(self.model, self.config.fp8 if self.config.precision == "fp8" else None)
         if self.config.compile:
             for layer in self.model.layers:
                 layer.compile()

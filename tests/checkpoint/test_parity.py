@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.convert import convert
 from shoal.checkpoint.hf_format import load_model, save_model
+from shoal.checkpoint.quantised import Scheme
+from shoal.checkpoint.weight_files import WeightFiles
 from shoal.config import ModelConfig, YarnConfig
-from shoal.model.transformer import Transformer
+from shoal.model.layers import set_fp8
+from shoal.model.transformer import Transformer, initialise
+from shoal.quant.fp8_recipe import Fp8Recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -226,3 +231,58 @@ def test_prediction_layers_give_what_the_transformers_drafter_computes(tmp_path:
         0, theirs.model(token_BS).last_hidden_state[:, :-1], position_BS, None, input_ids=token_BS[:, 1:]
     )
     torch.testing.assert_close(head_BSD[:, :length], theirs_BSD, atol=1e-4, rtol=0)
+
+
+FP8_CONFIG = ModelConfig(
+    vocab_size=97,
+    hidden_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=384,
+    q_lora_rank=128,
+    kv_lora_rank=96,  # with the rotary key 128 rows: transformers takes blocks that are cut off for smaller whole ones
+    qk_nope_head_dim=96,
+    qk_rope_head_dim=32,
+    v_head_dim=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    initializer_range=0.1,
+)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_an_fp8_directory_opens_in_the_block_fp8_loader_of_transformers_with_the_same_logits(tmp_path, power_of_two):
+    """Its FP8 products need a GPU; on the CPU the loader multiplies the blocks out itself (`dequantize=True`).
+
+    The model has taken a few steps with FP8 products, as a trained one has.
+    """
+    model = Transformer(FP8_CONFIG)
+    initialise(model, 2)
+    set_fp8(model, Fp8Recipe(power_of_two="everywhere" if power_of_two else "published"))
+    token_BS = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):
+        loss = torch.nn.functional.cross_entropy(model.logits(model(token_BS)).flatten(0, 1), token_BS.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_model(tmp_path / "model", FP8_CONFIG, model.state_dict(), dtype=torch.float32)
+    scheme = Scheme(weights="fp8", power_of_two=power_of_two)
+    convert(tmp_path / "model", tmp_path / "fp8", FP8_CONFIG, scheme, command="")
+    _, state = load_model(tmp_path / "fp8", dtype=torch.float32)
+    ours = Transformer(FP8_CONFIG).eval()
+    ours.load_state_dict(state)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    ).eval()
+    with torch.no_grad():
+        found, expected = theirs(token_BS).logits, ours.logits(ours(token_BS))
+    # Shoal reads FP8 into bfloat16; transformers multiplies out in float32.
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    stored = WeightFiles(tmp_path / "fp8")
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("o_proj.weight"):
+            assert torch.equal(parameter.bfloat16(), stored.tensor(name)), name
