@@ -27,6 +27,9 @@ from shoal.server.profiles import PROFILES
 from shoal.server.shutdown import LAST_WORDS_S, DrainingServer, HeaderTimeout
 from shoal.server.worker import EngineWorker
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long the event loop may keep the interpreter from the engine's thread; Python's own 5 ms are several steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
@@ -76,6 +79,7 @@ def serve_model(path: Path | None, options: ServeOptions) -> None:
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
     )
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     where = f"http://{options.host}:{options.port}"
     say(f"serving {served.name} at {where} (chat page) and {where}/v1 (API); stop with Ctrl-C")
     # uvicorn raises the signal again when it has drained: that is a clean end.

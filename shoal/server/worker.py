@@ -55,13 +55,6 @@ class Ticket:
     cancelled: bool = False
     joules: float = 0.0
 
-    def deliver(self, event: "TokenEvent | ShoalError") -> None:
-        """Hand an event to the event loop; called from the engine's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop has closed: nobody waits any more
-            self.cancelled = True
-
 
 class EngineWorker:
     """Owns the engine. Start it once, submit from any event loop.
@@ -210,8 +203,7 @@ class EngineWorker:
                 self._step_began_s = None
             self._failed_last = False
             self._share_energy()
-            for event in events:
-                self._pass_on(event)
+            self._pass_on(events)
 
     def _take_in(self, *, wait: bool) -> None:
         """Move submissions into the engine; block briefly when there is nothing else to do."""
@@ -228,11 +220,11 @@ class EngineWorker:
             try:
                 ticket.request_id = self.engine.add(ticket.request)
             except ShoalError as error:
-                ticket.deliver(error)
+                _deliver([(ticket, error)])
                 continue
             except Exception as error:  # one request's trouble is nobody else's
                 say(f"the engine did not take a request: {type(error).__name__}: {error}")
-                ticket.deliver(ServerError("the engine failed on this request."))
+                _deliver([(ticket, ServerError("the engine failed on this request."))])
                 continue
             self._running[ticket.request_id] = ticket
 
@@ -250,28 +242,55 @@ class EngineWorker:
             if request_id in self._running:
                 self._running[request_id].joules += spent * tokens / total
 
-    def _pass_on(self, event: TokenEvent) -> None:
-        ticket = self._running.get(event.request_id)
-        if ticket is None:
-            return
-        ticket.deliver(event)
-        if event.finish_reason is not None and ticket.request.sampling.num_samples == 1:
-            del self._running[event.request_id]
+    def _pass_on(self, events: list[TokenEvent]) -> None:
+        deliveries: list[Delivery] = []
+        for event in events:
+            ticket = self._running.get(event.request_id)
+            if ticket is None:
+                continue
+            deliveries.append((ticket, event))
+            if event.finish_reason is not None and ticket.request.sampling.num_samples == 1:
+                del self._running[event.request_id]
+        _deliver(deliveries)
 
     def _fail_all(self, *, broken: bool = False) -> None:
         """End all running requests, and the engine itself when it does not let go of them."""
+        deliveries: list[Delivery] = []
         for request_id, ticket in list(self._running.items()):
             for sample in range(ticket.request.sampling.num_samples):
-                ticket.deliver(
-                    TokenEvent(request_id=request_id, sample=sample, token_id=None, logprob=0.0, finish_reason="error")
+                end = TokenEvent(
+                    request_id=request_id, sample=sample, token_id=None, logprob=0.0, finish_reason="error"
                 )
+                deliveries.append((ticket, end))
             try:
                 self.engine.cancel(request_id)
             except Exception as error:
                 say(f"the engine could not drop a request: {type(error).__name__}: {error}")
                 broken = True
         self._running.clear()
+        _deliver(deliveries)
         if self.remake is not None and (broken or not self.engine.is_idle):
             say("the engine is broken and made anew")
             self.engine = self.remake()
             self.restarts += 1
+
+
+Delivery = tuple[Ticket, TokenEvent | ShoalError]
+
+
+def _deliver(deliveries: list[Delivery]) -> None:
+    """Hand events to their event loops, each woken once however many there are; called from the engine's thread."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+    for ticket, event in deliveries:
+        by_loop.setdefault(ticket.loop, []).append((ticket, event))
+    for loop, mine in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put, mine)
+        except RuntimeError:  # the loop has closed: nobody waits any more
+            for ticket, _ in mine:
+                ticket.cancelled = True
+
+
+def _put(deliveries: list[Delivery]) -> None:
+    for ticket, event in deliveries:
+        ticket.events.put_nowait(event)

@@ -161,7 +161,7 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return int(self._raw.get_vocab_size(with_added_tokens=True))
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the tokenizer's definition: equal digests encode alike."""
         return hashlib.sha256(self._raw.to_str(pretty=False).encode()).hexdigest()
