@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.hf_format import load_model
 from shoal.checkpoint.quantised import Scheme
 from shoal.checkpoint.stored_weights import StoredWeights
 from shoal.engine.loading import find_model
 from shoal.engine.making import pack_stored
 from shoal.engine.packed_model import PackedModel
+from shoal.model.fp8_latent_cache import Fp8LatentCache
+from shoal.model.latent_cache import LatentCache
+from shoal.model.transformer import Transformer
 from shoal.recipes.convert import ConvertOptions, run_convert
 from shoal.recipes.run import current_commit
 from shoal.text.corpus import read_documents
@@ -91,6 +95,36 @@ def compare(reference: dict[str, Any], found: dict[str, Any]) -> dict[str, float
     }
 
 
+def cache_quality(source: Path, row_BS: Tensor) -> dict[str, dict[str, float]]:
+    """What the precision of cached latents alone costs: float32 weights, the text read in chunks of 32 through the cache."""
+    config, state = load_model(source, dtype=torch.float32)
+    model = Transformer(config).eval()
+    model.load_state_dict(state)
+    caches = {
+        "f32": lambda: LatentCache(config, len(row_BS), row_BS.shape[1]),
+        "bf16": lambda: LatentCache(config, len(row_BS), row_BS.shape[1], dtype=torch.bfloat16),
+        "fp8": lambda: Fp8LatentCache(config, len(row_BS), row_BS.shape[1]),
+    }
+    logits, figures = {}, {}
+    for name, make in caches.items():
+        cache, parts = make(), []
+        for start in range(0, row_BS.shape[1], PROMPT_TOKENS):
+            stop = min(start + PROMPT_TOKENS, row_BS.shape[1])
+            cache.num_visible = stop
+            position_BS = torch.arange(start, stop).expand(len(row_BS), -1)
+            with torch.no_grad():
+                parts.append(model.logits(model(row_BS[:, start:stop], position_BS=position_BS, cache=cache)))
+        logits[name] = torch.cat(parts, dim=1)
+        loss = torch.nn.functional.cross_entropy(logits[name][:, :-1].flatten(0, 1), row_BS[:, 1:].flatten())
+        figures[name] = {
+            "bytes_per_token": cache.bytes_per_token,
+            "perplexity": float(loss.exp()),
+            "logit_error_fraction": float((logits[name] - logits["f32"]).norm() / logits["f32"].norm()),
+            "same_first_choice_fraction": float((logits[name].argmax(-1) == logits["f32"].argmax(-1)).float().mean()),
+        }
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "calibrate", "measure", "out"):
@@ -114,8 +148,10 @@ def main() -> None:
         else {},
         "tokens": row_BS.numel(),
         "bf16_perplexity": reference["perplexity"],
+        "cache": cache_quality(source, row_BS),
         "formats": {},
     }
+    print("cache", json.dumps(result["cache"]), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, scheme) in enumerate(SCHEMES.items()):
             target = Path(scratch) / f"converted-{number}"

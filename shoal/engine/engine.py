@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from shoal.engine.request import Completion, FinishReason, Request, TokenEvent
-from shoal.engine.runner import Runner, runner_for
+from shoal.engine.runner import Runner, TransformerRunner, runner_for
 from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
 from shoal.errors import RequestError
+from shoal.model.fp8_latent_cache import Fp8LatentCache
 from shoal.model.latent_cache import LatentCache
 from shoal.model.transformer import Transformer
 
@@ -82,6 +83,8 @@ class Engine:
         max_context: prompt and completion together; default and upper bound is the model's own.
         max_rows: samples running at once; further ones wait.
         runner: who computes the logits; default the fastest that fits the module.
+        fp8_cache: keep latents in FP8 (a model with latent attention); the module itself then computes, since the packed
+            pass reads floats.
     """
 
     def __init__(
@@ -91,9 +94,11 @@ class Engine:
         max_context: int | None = None,
         max_rows: int = 1024,
         runner: Runner | None = None,
+        fp8_cache: bool = False,
     ) -> None:
         self.model = model
-        self.runner = runner or runner_for(model)
+        self.runner = runner or (TransformerRunner(model) if fp8_cache else runner_for(model))
+        self._fp8_cache = fp8_cache
         self.max_context = min(
             max_context or model.config.max_position_embeddings, model.config.max_position_embeddings
         )
@@ -117,7 +122,7 @@ class Engine:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one cached token takes over all layers, measured on a real cache."""
-        return LatentCache(self.model.config, 1, 1, dtype=self.runner.cache_dtype).bytes_per_token
+        return self._new_cache(1, 1).bytes_per_token
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -216,12 +221,17 @@ class Engine:
             group.append(self._waiting.popleft())
         return self._prefill(group) if group else []
 
+    def _new_cache(self, num_rows: int, num_positions: int) -> LatentCache:
+        if self._fp8_cache:
+            return Fp8LatentCache(self.model.config, num_rows, num_positions)
+        return LatentCache(self.model.config, num_rows, num_positions, dtype=self.runner.cache_dtype)
+
     def _prefill(self, group: list[tuple[int, Request]]) -> list[TokenEvent]:
         """Compute the prompts of `group`, copy each cache row to its samples, draw their first tokens."""
         prompts = [request.prompt_ids for _, request in group]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         room = -(-(int(lengths.max()) + 1) // CACHE_GRAIN) * CACHE_GRAIN
-        cache = LatentCache(self.model.config, len(group), room, dtype=self.runner.cache_dtype)
+        cache = self._new_cache(len(group), room)
         logit_BV = self.runner.prefill(prompts, cache)
         self.tokens_of_step = {request_id: len(request.prompt_ids) for request_id, request in group}
         source_N = torch.repeat_interleave(
