@@ -8,7 +8,7 @@ and keeps every stage.
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.config import ModelConfig
 from shoal.engine.engine import Engine
@@ -23,7 +23,8 @@ from shoal.report import write_report
 from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
-from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, random_reward
+from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, format_reward, random_reward
+from shoal.rl.rollout import Prompter
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import problems
 from shoal.training.loop import TrainingConfig
@@ -94,6 +95,34 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of training the same base on the same questions."""
+
+    name: str
+    title: str
+    base: str = "base"
+    rewards: tuple[WeightedReward, ...] = R1_ZERO_REWARDS
+    advantage: Literal["reward"] | None = None
+    """None as the recipe has it; "reward" learns from right answers alone."""
+
+
+def control_arms(seed: int) -> tuple[Arm, ...]:
+    """What reinforcement learning must be compared with before it is believed.
+
+    Two must not teach the task (a coin, the format alone), one has nothing to find (no worked solutions in the base), and
+    one asks whether reinforcement learning was needed: fine-tuning on its own right answers, with as many samples and steps.
+    """
+    coin = WeightedReward(function=random_reward(seed), name="coin")
+    form, truth = WeightedReward(function=format_reward, name="format"), R1_ZERO_REWARDS[0]
+    return (
+        Arm(name="rl-random-reward", title="random reward", rewards=(coin, R1_ZERO_REWARDS[1])),
+        Arm(name="rl-format-only", title="format reward only", rewards=(form,)),
+        Arm(name="sft-right-answers", title="fine-tuning on right answers", rewards=(truth,), advantage="reward"),
+        Arm(name="rl-no-worked", title="no worked solutions in the base", base="base-no-worked"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoResult:
     """Where the results are."""
 
@@ -106,7 +135,7 @@ def run_demo(run_dir: Path, config: DemoConfig, *, controls: bool = False) -> De
     """Run the stages that are not done yet, then write the report.
 
     Args:
-        controls: also run what must not work: a base that never read worked solutions, and a reward that is a coin.
+        controls: also run `control_arms`: what must not work, and what might work as well.
     Raises:
         ConfigError: another run holds this machine.
         CheckpointError: the directory belongs to another configuration.
@@ -129,13 +158,12 @@ class _Demo:
         self.models.stage("data", "write the corpus, train the tokenizer", self._make_tokenizer)
         self._make_base("base", self.config.corpus)
         for seed in self.config.rl_seeds:
-            self._reinforce(f"rl-{seed}", seed, "base", R1_ZERO_REWARDS)
+            self._reinforce(f"rl-{seed}", seed, "base", Arm(name=f"rl-{seed}", title="R1-Zero"))
         if controls:
             seed = self.config.rl_seeds[0]
-            coin = WeightedReward(function=random_reward(seed), name="coin")
-            self._reinforce("rl-random-reward", seed, "base", (coin, *R1_ZERO_REWARDS[1:]))
             self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
-            self._reinforce("rl-no-worked", seed, "base-no-worked", R1_ZERO_REWARDS)
+            for control in control_arms(seed):
+                self._reinforce(control.name, seed, control.base, control)
         with self.models.log.stage("report", "write the report"):
             self._write_evaluation()
             self._export_chat_model()
@@ -155,11 +183,11 @@ class _Demo:
             f"evaluate{suffix}", "measure the base on held-out problems", lambda facts: self._evaluate(facts, base)
         )
 
-    def _reinforce(self, name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
+    def _reinforce(self, name: str, seed: int, base: str, arm: "Arm") -> None:
         self.models.stage(
             name,
-            "R1-Zero: reward alone, no worked solution shown",
-            lambda facts: self._rl(facts, name, seed, base, rewards),
+            "R1-Zero: reward alone, no worked solution shown" if arm.title == "R1-Zero" else f"control: {arm.title}",
+            lambda facts: self._rl(facts, name, seed, base, arm),
         )
 
     def _make_tokenizer(self, facts: dict[str, Any]) -> None:
@@ -210,11 +238,11 @@ class _Demo:
         if not may_lengthen(skill):
             say("  the gate fails: showing work does not pay on this base, so reward will not lengthen answers")
 
-    def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, rewards: tuple[WeightedReward, ...]) -> None:
+    def _rl(self, facts: dict[str, Any], name: str, seed: int, base: str, arm: "Arm") -> None:
         model = self.models.load(base)
-        config = replace(self.config.rl, seed=seed)
+        config = replace(self.config.rl, seed=seed, advantage=arm.advantage or self.config.rl.advantage)
         asked = problems(self.task, "rl", self.config.rl_problems, self.config.corpus.difficulty, seed=0)
-        train_grpo(model, config, asked, self.models.prompter(), self.dir, stage=name, rewards=rewards)
+        train_grpo(model, config, asked, self.models.prompter(), self.dir, stage=name, rewards=arm.rewards)
         skill = self._measure(model)
         write_json(self.dir / f"skill-{name}.json", skill.to_dict())
         self.models.save(name, model)
@@ -231,10 +259,7 @@ class _Demo:
         ]
         controls = [
             {"name": title, "before": self._skill(start), **self._skill(stage)}
-            for title, start, stage in (
-                ("random reward", "base", "rl-random-reward"),
-                ("no worked solutions in the base", "base-no-worked", "rl-no-worked"),
-            )
+            for title, start, stage in ((arm.title, arm.base, arm.name) for arm in control_arms(0))
             if self.models.log.is_done(stage)
         ]
         facts = {"family": self.config.corpus.family, "samples_per_problem": self.config.samples_per_problem}
