@@ -24,7 +24,6 @@ from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, format_reward, random_reward
-from shoal.rl.rollout import Prompter
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import problems
 from shoal.training.loop import TrainingConfig
