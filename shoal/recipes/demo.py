@@ -233,7 +233,7 @@ class _Demo:
     def _evaluate(self, facts: dict[str, Any], base: str) -> None:
         skill = self._measure(self.models.load(base))
         write_json(self.dir / f"skill-{base}.json", skill.to_dict())
-        facts["result"] = _describe(skill)
+        facts["result"] = skill.describe()
         if not may_lengthen(skill):
             say("  the gate fails: showing work does not pay on this base, so reward will not lengthen answers")
 
@@ -245,7 +245,7 @@ class _Demo:
         skill = self._measure(model)
         write_json(self.dir / f"skill-{name}.json", skill.to_dict())
         self.models.save(name, model)
-        facts["result"] = _describe(skill)
+        facts["result"] = skill.describe()
 
     def _write_evaluation(self) -> None:
         """Gather the skill files into evaluation.json."""
@@ -297,16 +297,3 @@ class _Demo:
 
     def _held_out(self) -> list[Problem]:
         return problems(self.task, "eval", self.config.held_out_problems, self.config.corpus.difficulty, seed=0)
-
-
-def _describe(skill: SkillReport) -> str:
-    low, high = skill.pass_at_1_interval
-    return (
-        f"pass@1 {skill.pass_at['1']:.1%} ({low:.1%} to {high:.1%}), {skill.response_tokens:.1f} tokens per answer, "
-        f"{skill.worked_fraction:.0%} show work (right {_percent(skill.accuracy_worked)}; direct {_percent(skill.accuracy_direct)})"
-        + ("" if skill.mtp_acceptance is None else f", MTP drafts accepted {skill.mtp_acceptance:.0%}")
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "none seen" if value is None else f"{value:.0%}"

@@ -52,6 +52,23 @@ class SkillReport:
         """Plain values, for JSON."""
         return asdict(self)
 
+    def describe(self) -> str:
+        """One line for people."""
+        low, high = self.pass_at_1_interval
+        most = max(self.pass_at, key=int)
+        parts = [
+            f"pass@1 {self.pass_at['1']:.1%} ({low:.1%} to {high:.1%}), pass@{most} {self.pass_at[most]:.1%}",
+            f"{self.response_tokens:.1f} tokens per answer",
+            f"{self.worked_fraction:.0%} show work (right {_percent(self.accuracy_worked)}; direct {_percent(self.accuracy_direct)})",
+        ]
+        if self.mtp_acceptance is not None:
+            parts.append(f"MTP drafts accepted {self.mtp_acceptance:.0%}")
+        if self.verifier_failures:
+            parts.append(
+                "could not be judged: " + ", ".join(f"{n} {kind}" for kind, n in self.verifier_failures.items())
+            )
+        return ", ".join(parts)
+
 
 def measure_skill(
     engine: Engine,
@@ -135,3 +152,7 @@ def may_lengthen(base: SkillReport) -> bool:
 def _share(right: Sequence[bool], worked: Sequence[bool], wanted: bool) -> float | None:
     chosen = [r for r, w in zip(right, worked) if w is wanted]
     return sum(chosen) / len(chosen) if chosen else None
+
+
+def _percent(value: float | None) -> str:
+    return "none seen" if value is None else f"{value:.0%}"

@@ -9,6 +9,8 @@ times more. Lengths belong to tens of thousands of tokens: `scaled_to` fits a va
 
     recipe = variant("dapo").scaled_to(256)
     config = GrpoConfig(**recipe.settings())
+
+`algorithms.fit_algorithm` does the same and fits the sizes to a small model.
 """
 
 from collections.abc import Mapping
@@ -50,6 +52,8 @@ class Variant:
     """Length over which `advantage.overlong_penalty` falls to -1 before the limit; 0 for no penalty."""
     keep_routing: bool = False
     """Replay the engine's expert choices in the trainer's forward pass; gates are recomputed."""
+    top_p: float = 1.0
+    """How the sampler cuts the tail of the distribution; 1 not at all."""
     keep_sampling_mask: bool = False
     """Renormalise the trainer's log-probabilities over the tokens that top-p and top-k had left to the sampler."""
     unpublished: tuple[str, ...] = ()
@@ -62,12 +66,6 @@ class Variant:
     @property
     def prompts_per_rollout(self) -> int:
         return self.prompts_per_update * self.minibatches
-
-    @property
-    def loop_features(self) -> tuple[str, ...]:
-        """What the loop has to do beyond advantage and objective; one that cannot must refuse, not ignore it."""
-        names = ("dynamic_sampling", "overlong_cache_tokens", "keep_routing", "keep_sampling_mask")
-        return tuple(name for name in names if getattr(self, name))
 
     def scaled_to(self, max_response_tokens: int) -> "Variant":
         """The same recipe for answers of another length: the limit, what is divided by it, and the overlong share.
@@ -89,10 +87,7 @@ class Variant:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `grpo.GrpoConfig`, whose step is a rollout with all its updates.
-
-        They leave out `loop_features`: the caller looks at those.
-        """
+        """Arguments of `grpo_config.GrpoConfig`, whose step is a rollout with all its updates."""
         refresh_updates = self.reference_refresh_updates
         return {
             "prompts_per_step": self.prompts_per_rollout,
@@ -103,6 +98,11 @@ class Variant:
             "advantage": self.advantage,
             "objective": self.objective,
             "reference_refresh_steps": NEVER_STEPS if refresh_updates is None else refresh_updates // self.minibatches,
+            "dynamic_sampling": self.dynamic_sampling,
+            "overlong_cache_tokens": self.overlong_cache_tokens,
+            "keep_routing": self.keep_routing,
+            "top_p": self.top_p,
+            "keep_sampling_mask": self.keep_sampling_mask,
             "optimizer": OptimizerConfig(learning_rate=self.learning_rate, weight_decay=0.0),
         }
 
@@ -223,8 +223,10 @@ V3_2 = Variant(
     learning_rate=3e-6,
     max_response_tokens=32768,
     keep_routing=True,
+    top_p=0.95,
     keep_sampling_mask=True,
     unpublished=(
+        "top_p",
         "clip_low",
         "clip_high",
         "kl_coefficient",

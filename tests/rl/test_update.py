@@ -42,7 +42,7 @@ def _advantages(rollouts):
     return group_advantages(reward, 4)
 
 
-def _update(model, rollouts, advantage, objective=None, **options):
+def _update(model, rollouts, advantage, objective=None, *, replay=None, old_logprobs=None, **options):
     settings = UpdateOptions(**{"row_tokens": 64, "micro_batch_answers": 100, **options})
     captured = {}
     optimizers = OptimizerSet(model, OptimizerConfig(learning_rate=1e-3, clip_norm=0.0))
@@ -50,7 +50,15 @@ def _update(model, rollouts, advantage, objective=None, **options):
         captured.update({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}) or 0.0
     )
     result = update_policy(
-        model, optimizers, rollouts, advantage, [True] * len(advantage), objective or ObjectiveConfig(), settings
+        model,
+        optimizers,
+        rollouts,
+        advantage,
+        [True] * len(advantage),
+        objective or ObjectiveConfig(),
+        settings,
+        replay=replay,
+        old_logprobs=old_logprobs,
     )
     return result, captured
 

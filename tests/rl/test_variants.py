@@ -39,7 +39,7 @@ def test_the_others_have_the_published_numbers() -> None:
 def test_v3_2_has_all_four_stabilisers() -> None:
     v3_2 = variant("v3_2")
     assert v3_2.objective.kl_estimator == "unbiased" and v3_2.objective.off_policy_threshold is not None
-    assert v3_2.loop_features == ("keep_routing", "keep_sampling_mask")
+    assert v3_2.keep_routing and v3_2.keep_sampling_mask and v3_2.top_p < 1
     assert v3_2.advantage == "none"
 
 
@@ -51,6 +51,8 @@ def test_settings_make_a_loop_configuration_that_means_the_same(name: str) -> No
     assert config.objective == recipe.objective and config.advantage == recipe.advantage
     assert config.optimizer.learning_rate == recipe.learning_rate
     assert config.max_response_tokens == recipe.max_response_tokens and config.temperature == recipe.temperature
+    for name in ("dynamic_sampling", "overlong_cache_tokens", "keep_routing", "keep_sampling_mask", "top_p"):
+        assert getattr(config, name) == getattr(recipe, name)
 
 
 def test_the_reference_is_refreshed_after_the_published_number_of_updates() -> None:
