@@ -160,8 +160,9 @@ class _Demo:
             self._reinforce(f"rl-{seed}", seed, "base", Arm(name=f"rl-{seed}", title="R1-Zero"))
         if controls:
             seed = self.config.rl_seeds[0]
-            self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
             for control in control_arms(seed):
+                if control.base == "base-no-worked":
+                    self._make_base("base-no-worked", replace(self.config.corpus, worked_share=0.0))
                 self._reinforce(control.name, seed, control.base, control)
         with self.models.log.stage("report", "write the report"):
             self._write_evaluation()

@@ -28,6 +28,8 @@ class FamilyPlan:
     worked_share: float = 0.15
     arithmetic_share: float = 0.15
     rl_problems: int = 1000
+    learning_rate: float = 2e-4
+    """A fifth of the demo's: bases that were trained as little as these lose their skill at 1e-3 (docs/log.md)."""
 
 
 PLANS = {
@@ -58,7 +60,9 @@ def study_config(family: str, seeds: Sequence[int] = (0, 1, 2)) -> DemoConfig:
             arithmetic_share=plan.arithmetic_share,
         ),
         pretraining=replace(base.pretraining, steps=plan.pretraining_steps, schedule=schedule),
-        rl=replace(base.rl, steps=plan.rl_steps),
+        rl=replace(
+            base.rl, steps=plan.rl_steps, optimizer=replace(base.rl.optimizer, learning_rate=plan.learning_rate)
+        ),
         rl_seeds=tuple(seeds),
         rl_problems=plan.rl_problems,
         held_out_problems=64,

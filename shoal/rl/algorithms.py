@@ -24,7 +24,7 @@ ALGORITHMS = {
 }
 """Names on the command line and in `variants.VARIANTS`."""
 
-SMALL_PROMPTS, SMALL_GROUP, SMALL_MINIBATCHES = 16, 16, 2
+SMALL_PROMPTS, SMALL_GROUP, SMALL_MINIBATCHES = 32, 16, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,6 @@ def fit_algorithm(
 def small_rate(parameters: int) -> float:
     """A learning rate by size, between what moved 1.4 M parameters here (docs/log.md) and what is published for billions.
 
-    Falls with the square root of the size from 1e-3 at a million: 1e-4 at a hundred million, 1e-5 at ten billion.
+    Falls with the square root of the size from 2e-4 at a million: 2e-5 at a hundred million, 2e-6 at ten billion.
     """
-    return float(min(1e-3, 1e-3 * (1e6 / max(parameters, 1)) ** 0.5))
+    return float(min(2e-4, 2e-4 * (1e6 / max(parameters, 1)) ** 0.5))

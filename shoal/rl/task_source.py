@@ -31,7 +31,8 @@ from shoal.rl.verifier_pool import PoolConfig, TaskSpec, VerifierPool
 
 DRAWN_AT_ONCE = 256
 MAX_PROBLEM_CHARS = 100_000
-TRIES_PER_PROBLEM = 400
+MAX_REPEATS = 2000
+"""After so many problems in a row that were all seen before, a task counts as having no more."""
 
 
 class ProblemSets(Protocol):
@@ -131,15 +132,17 @@ class _StreamSets:
     def __init__(self, name: str, pool: VerifierPool, seed: int) -> None:
         self.name, self.pool, self.seed = name, pool, seed
         self.found: dict[str, dict[str, Problem]] = {"pretrain": {}, "rl": {}, "eval": {}}
-        self.drawn, self.has_ended = 0, False
+        self.drawn, self.repeats, self.has_ended = 0, 0, False
 
     def problems(self, split: str, count: int) -> list[Problem]:
         known = self.found[split]
-        while len(known) < count and not self.has_ended and self.drawn < TRIES_PER_PROBLEM * max(count, 16):
+        while len(known) < count and not self.has_ended and self.repeats < MAX_REPEATS:
             rows, self.has_ended = self.pool.problems(self.seed, self.drawn, DRAWN_AT_ONCE)
             for row in rows:
                 self.drawn += 1
                 key, problem = self._problem(row)
+                is_known = key in self.found[split_of(key)]
+                self.repeats = self.repeats + 1 if is_known else 0
                 self.found[split_of(key)].setdefault(key, problem)
         if not known:
             raise TaskError(

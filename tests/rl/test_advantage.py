@@ -110,3 +110,30 @@ def test_leave_one_out_refuses_a_group_of_one_and_an_unknown_scale_is_named() ->
         rloo_advantages(torch.ones(3), 1)
     with pytest.raises(TaskError, match="'variance' is unknown"):
         group_advantages(torch.ones(2), 2, scale="variance")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["std", "none", "rloo"])
+def test_answers_nobody_could_judge_are_no_part_of_their_group(kind):
+    """The others' advantages are those of the group without them; theirs are zero."""
+    reward = torch.tensor([1.0, 0.0, 9.0, 0.5, 2.0, 2.0, 7.0, 2.0])
+    counted = torch.tensor([True, True, False, True, True, True, False, True])
+
+    def of(values, size, **options):
+        return (
+            rloo_advantages(values, size, **options)
+            if kind == "rloo"
+            else group_advantages(values, size, scale=kind, **options)
+        )
+
+    found = of(reward, 4, counted_M=counted)
+    assert torch.allclose(found[[0, 1, 3]], of(reward[[0, 1, 3]], 3)) and found[2] == 0
+    assert not found[4:].any()  # what is left of the second group is all alike
+    assert informative_groups(reward, 4, counted_M=counted).tolist() == [True, False]
+
+
+def test_a_group_that_nobody_could_judge_teaches_nothing():
+    reward, nobody = torch.tensor([1.0, 0.0]), torch.tensor([False, False])
+    assert not group_advantages(reward, 2, counted_M=nobody).any()
+    assert informative_groups(reward, 2, counted_M=nobody).tolist() == [False]
+    broken = torch.tensor([torch.nan, 1.0, 0.0, 1.0])
+    assert group_advantages(broken, 4, counted_M=torch.tensor([False, True, True, True])).isfinite().all()

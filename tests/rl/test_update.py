@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -7,15 +8,17 @@ from shoal.engine.engine import Engine
 from shoal.errors import ConfigError, TaskError
 from shoal.model.transformer import Transformer, initialise
 from shoal.rl.advantage import group_advantages
+from shoal.rl.grading import Grade
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
+from shoal.rl.importance import ImportanceConfig
 from shoal.rl.objective import ObjectiveConfig, policy_objective
 from shoal.rl.rewards import WeightedReward
 from shoal.rl.rollout import Prompter, sample_rollouts
-from shoal.rl.sampling import problem_places
+from shoal.rl.sampling import StepSampler, problem_places
 from shoal.rl.step_metrics import shows_work
 from shoal.rl.tasks import TASKS
-from shoal.rl.update import UpdateOptions, update_policy
+from shoal.rl.update import UpdateOptions, policy_log_probabilities, update_policy
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
@@ -139,6 +142,45 @@ def test_drafts_learn_behind_a_detached_trunk():
     )
 
 
+def test_importance_weights_come_from_the_trainers_own_log_probabilities_before_the_update():
+    """An engine that reports every token as twice as likely gets the weight a half on each: half the gradient."""
+    model = _model()
+    rollouts = _rollouts(model)
+    options = UpdateOptions(row_tokens=64)
+    old = policy_log_probabilities(model, rollouts, options)
+    _, plain = _update(model, rollouts, _advantages(rollouts))
+    model.zero_grad()
+    for completion in rollouts.completions:
+        completion.logprobs = [value + math.log(2) for value in completion.logprobs]
+    objective = ObjectiveConfig(importance=ImportanceConfig(high=5.0))
+    result, halved = _update(model, rollouts, _advantages(rollouts), objective, old_logprobs=old)
+    assert abs(result.importance_mean - 0.5) < 1e-4 and abs(result.mismatch - math.log(2)) < 1e-4
+    for name, gradient in plain.items():
+        assert gradient is None or torch.allclose(gradient / 2, halved[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("objective", [{"loss_average": "sequence", "kl_coefficient": 0.05}, {"level": "sequence"}])
+def test_the_gradient_of_other_objectives_does_not_depend_on_micro_batches_either(objective):
+    model, reference = _model(), _model()
+    initialise(reference, 1)
+    rollouts = _rollouts(model)
+    found = []
+    for size in (100, 3):
+        model.zero_grad()
+        captured = {}
+        optimizers = OptimizerSet(model, OptimizerConfig(learning_rate=1e-3, clip_norm=0.0))
+        optimizers.step = lambda into=captured: into.update(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+        )
+        options = UpdateOptions(row_tokens=64, micro_batch_answers=size)
+        chosen = ObjectiveConfig(**objective)
+        update_policy(
+            model, optimizers, rollouts, _advantages(rollouts), [True] * 12, chosen, options, reference=reference
+        )
+        found.append(captured)
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
 def _config(**changes):
     return GrpoConfig(
         **{
@@ -204,6 +246,54 @@ def test_a_reward_that_breaks_its_contract_stops_the_run(tmp_path, values):
         train_grpo(_model(), _config(), PROBLEMS, PROMPTER, tmp_path, rewards=[WeightedReward(function=broken)])
 
 
+def test_dynamic_sampling_replaces_groups_that_are_all_alike():
+    """A verifier under which only every other problem ever differs: the step is filled from the others."""
+
+    class Verifier:
+        def verify(self, problems, answers):
+            return [
+                Grade(score=float(PROBLEMS.index(problem) % 2 and len(answer) % 2))
+                for problem, answer in zip(problems, answers)
+            ], 0.0
+
+    class Prompter:
+        tokenizer, template = PROMPTER.tokenizer, PROMPTER.template
+        prompt_ids = PROMPTER.prompt_ids
+
+        def text(self, ids):
+            return f"<think></think><answer>{'x' * (1 + sum(ids) % 2)}</answer>"
+
+    model = _model()
+    config = _config(dynamic_sampling=True, max_sampling_rounds=6, prompts_per_step=4)
+    sample = StepSampler(config, PROBLEMS, Prompter(), Verifier()).draw(Engine(model), 0, 0)
+    assert all(place % 2 for place in sample.place) and len(sample.rollouts.texts) == 16
+    assert sample.groups_sampled == sample.next_problem > 4
+    plain = StepSampler(_config(prompts_per_step=4), PROBLEMS, Prompter(), Verifier()).draw(Engine(model), 0, 0)
+    assert plain.groups_sampled == 4 and any(place % 2 == 0 for place in plain.place)
+
+
+def test_stale_rollouts_come_from_weights_exactly_so_many_steps_old(tmp_path):
+    """One step of staleness: the second step's samples are those of the first weights, whatever the first update did."""
+
+    def first(prompts, completions, completion_ids, step, **columns):
+        seen.setdefault(step, completion_ids)
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    def run(name, staleness, rate):
+        seen.clear()
+        learning = OptimizerConfig(learning_rate=rate, weight_decay=0.0)
+        config = _config(steps=3, staleness=staleness, optimizer=learning, warmup_steps=0)
+        rewards = [WeightedReward(function=first)]
+        train_grpo(_model(), config, PROBLEMS, PROMPTER, tmp_path / name, rewards=rewards)
+        return dict(seen)
+
+    seen = {}
+    still, fresh, stale = run("still", 0, 0.0), run("fresh", 0, 0.1), run("stale", 1, 0.1)
+    assert fresh[0] == stale[0] == still[0]
+    assert stale[1] == still[1] and fresh[1] != still[1]  # drawn before the first update
+    assert stale[2] != still[2]
+
+
 def test_every_problem_is_asked_once_per_pass_wherever_a_step_begins():
     whole = problem_places(12, 0, 30, seed=0)
     assert sorted(whole[:12]) == sorted(whole[12:24]) == list(range(12)) and whole[:12] != whole[12:24]
@@ -216,10 +306,36 @@ def test_work_is_something_in_the_think_block():
     assert not shows_work("<think> \n</think><answer>2</answer>") and not shows_work("1+1=2")
 
 
-@pytest.mark.parametrize("changes", [{"group_size": 1}, {"minibatches": 2}, {"temperature": 0.0}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"group_size": 1},
+        {"minibatches": 2},
+        {"temperature": 0.0},
+        {"steps": 0},
+        {"top_p": 0.0},
+        {"keep_sampling_mask": True},
+        {"overlong_cache_tokens": 9},
+        {"staleness": -1},
+        {"max_failed_fraction": 2.0},
+    ],
+)
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ConfigError):
         _config(**changes)
+
+
+def test_a_verifier_that_fails_on_most_answers_stops_the_run(tmp_path):
+    class Failing:
+        def verify(self, problems, answers):
+            return [Grade(score=None, failure="timeout", detail="no answer within 2 s")] * len(answers), 2.0
+
+    class Prompter:
+        tokenizer, prompt_ids = PROMPTER.tokenizer, PROMPTER.prompt_ids
+        text = staticmethod(lambda ids: "<think></think><answer>1</answer>")
+
+    with pytest.raises(TaskError, match=r"failed on 12 of 12 answers \(12 timeout; first: no answer within 2 s\)"):
+        train_grpo(_model(), _config(), PROBLEMS, Prompter(), tmp_path, verifier=Failing())
 
 
 def test_too_few_problems_are_refused(tmp_path):
