@@ -62,6 +62,10 @@ def rl(
         typer.Option("--controls", help="Demo: also a coin, format alone, right answers alone, a base without work."),
     ] = False,
     quick: Annotated[bool, typer.Option(help="Demo: the recipe that demo --quick runs.")] = False,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(help="The R1-Zero figure of a family, three seeds and all controls; may be repeated."),
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The same directory resumes; default runs/NAME-OF-TASK.")] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -71,6 +75,14 @@ def rl(
     """
     from shoal.log import print_json, say
 
+    if study:
+        from shoal.recipes.r1_zero import describe_study, run_study
+
+        summary = run_study(run_dir or Path("runs/r1-zero"), study)
+        say(describe_study(summary))
+        if json_output:
+            print_json(summary)
+        return
     if task is None:
         from shoal.recipes.demo import demo_config, run_demo
 

@@ -95,6 +95,19 @@ def summarise(evaluation: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_study(summary: dict[str, Any]) -> str:
+    """The figures as lines of a table."""
+    lines = ["family / arm: pass@1, pass@64, tokens, share that shows work"]
+    for family, found in summary.items():
+        for arm in [{"name": "base", **found["base"]}, *found["arms"]]:
+            most = max(arm["pass_at"], key=int)
+            lines.append(
+                f"{family} / {arm['name']}: {arm['pass_at']['1']:.1%}, {arm['pass_at'][most]:.1%}, "
+                f"{arm['response_tokens']:.1f}, {arm['worked_fraction']:.0%}"
+            )
+    return "\n".join(lines)
+
+
 def _row(skill: dict[str, Any]) -> dict[str, Any]:
     names = (
         "pass_at",

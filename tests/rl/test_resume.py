@@ -21,6 +21,10 @@ def _by_parity(prompts, completions, completion_ids, **columns):
 
 
 REWARDS = [WeightedReward(function=_by_parity)]
+CLEAN = multiprocessing.get_context("forkserver")
+"""Children of a process that has imported everything and computed nothing: OpenMP does not survive a fork."""
+CLEAN.set_forkserver_preload(["tests.rl.test_resume"])
+
 VARIETIES = {
     "on policy, reference, two minibatches": {
         "objective": ObjectiveConfig(kl_coefficient=0.01),
@@ -78,9 +82,7 @@ def _train_until_killed(where, run_dir, changes):
 def test_killed_anywhere_a_run_resumes_bit_for_bit(tmp_path, where):
     changes = VARIETIES["on policy, reference, two minibatches"]
     whole = _train(tmp_path / "whole", changes)
-    process = multiprocessing.get_context("fork").Process(
-        target=_train_until_killed, args=(where, tmp_path / "killed", changes)
-    )
+    process = CLEAN.Process(target=_train_until_killed, args=(where, tmp_path / "killed", changes))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -288,7 +288,7 @@ def test_stale_rollouts_come_from_weights_exactly_so_many_steps_old(tmp_path):
         return dict(seen)
 
     seen = {}
-    still, fresh, stale = run("still", 0, 0.0), run("fresh", 0, 0.1), run("stale", 1, 0.1)
+    still, fresh, stale = run("still", 0, 1e-30), run("fresh", 0, 0.1), run("stale", 1, 0.1)
     assert fresh[0] == stale[0] == still[0]
     assert stale[1] == still[1] and fresh[1] != still[1]  # drawn before the first update
     assert stale[2] != still[2]
