@@ -89,6 +89,19 @@ def test_networks_and_expert_placement_have_tables():
     assert "288 slots on 32 devices" in text and "hierarchical" in text
 
 
+def test_a_run_takes_no_hardware_and_says_so(run_without_metrics):
+    result = CliRunner().invoke(app, ["plan", run_without_metrics, "--fit", "h800"])
+    assert isinstance(result.exception, ShoalError) and "leave out --fit" in str(result.exception)
+
+
+def test_numbers_of_the_hardware_can_be_set():
+    plain = json.loads(planned("v3", "--fit", "16x h800", "--json"))
+    faster = json.loads(planned("v3", "--fit", "16x h800", "--set", "memory_bytes_per_s=6.7TB/s", "--json"))
+    assert plain["decode_limited_by"] == "memory" and faster["decode_tokens_per_s"] > 1.3 * plain["decode_tokens_per_s"]
+    larger = json.loads(planned("v3", "--fit", "16x h800", "--set", "device_bytes=141GiB", "--json"))
+    assert larger["most_sequences"] > plain["most_sequences"]
+
+
 def test_hardware_of_your_own_comes_from_a_file(tmp_path):
     row = {
         "memory_bytes": 200e9,
@@ -133,6 +146,11 @@ MISTAKES = [
     (("--compare", "v3"), "1 models cannot be compared"),
     (("v3", "--explain", "training_usd"), "need --tokens"),
     (("--claim", "9"), "no claim 9"),
+    (("v3", "--claims"), "leave out model"),
+    (("--claims", "--network", "64"), "different questions"),
+    (("v3", "--markdown"), "use it with --claims"),
+    (("v3", "--hardware-file", "x.json"), "no --fit names a device"),
+    (("v3", "--compare", "--explain", "total_params"), "different questions"),
     (("--network", "1"), "endpoints=1"),
     (("llama-2-7b", "--place"), "no routed experts"),
     (("v3", "--loads", "nowhere"), "cannot read"),

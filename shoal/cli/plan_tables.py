@@ -59,6 +59,10 @@ def amount(value: float | str, unit: str) -> str:
             if value < 1e21
             else f"{value:.4g} FLOP"
         )
+    if unit in ("bytes/s", "FLOP/s") and value >= 1000:
+        return _scaled(
+            value, tuple(f"{prefix}{unit.replace('bytes', 'B')}" for prefix in ("", "k", "M", "G", "T", "P", "E"))
+        )
     if unit in ("parameters", "tokens"):
         return _scaled(value, ("", "K", "M", "B", "T")).strip() + (" tokens" if unit == "tokens" else "")
     if unit in ("kWh", "h", "USD", "kg CO2e", "tokens/s", "J", "machines") and abs(value) >= 1000:

@@ -57,6 +57,7 @@ def test_a_dense_family_that_shoal_cannot_compute_can_still_be_counted(tmp_path)
         ('{"model_type": "deepseek_v3"}', "lacks vocab_size"),
         ('{"model_type": "gpt9"}', "is not supported"),
         ('{"model_type": "deepseek_v32"}', "index_n_heads"),
+        ('{"model_type": "deepseek_v4"}', "by name: v4-pro"),
         (json.dumps(config_to_hf(v3()) | {"hidden_size": -1}), "hidden_size=-1 must be at least 1"),
         (json.dumps(config_to_hf(v3()) | {"hidden_size": "7168"}), "hidden_size='7168'"),
         (json.dumps(config_to_hf(v3()) | {"num_experts_per_tok": 999}), "num_experts_per_tok=999"),

@@ -19,7 +19,11 @@ def cost_claims() -> tuple[Claim, ...]:
             number=11,
             title="training DeepSeek-V2 takes 42.5 % fewer hours than DeepSeek-67B",
             command="shoal plan --claim 11",
-            figures=rows("training hours of V2 against DeepSeek-67B, saved"),
+            figures=rows(
+                "training hours of V2 against DeepSeek-67B, saved",
+                "deepseek-v2, utilisation implied by its hours",
+                "deepseek-67b, utilisation implied by its hours",
+            ),
         ),
         Claim(
             number=15,
@@ -42,6 +46,8 @@ def cost_claims() -> tuple[Claim, ...]:
                 "V3 pretraining hours, from hours per trillion tokens",
                 "V3 pretraining hours, from tokens per day",
                 "V3 days per trillion tokens",
+                "deepseek-v3 pretraining, utilisation implied by its hours",
+                "deepseek-v3 context extension, utilisation implied by its hours",
             ),
         ),
         Claim(

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 
 from shoal.planner.deployment import Achieved, Deployment
+from shoal.planner.hardware import Cluster
 from shoal.planner.plan.figure import Figure
 from shoal.planner.plan.fitting import Served
 from shoal.planner.plan.question import Question
@@ -22,6 +23,7 @@ from shoal.planner.roofline import (
 from shoal.planner.service import Fleet, Load, ServiceCost, nodes_needed, service_cost
 
 _BOUND = "shoal/planner/roofline.py: a bound from bytes and operations; DeepSeek's fleet reached under half of it in decoding"
+_HARDWARE = ("memory_bytes_per_s", "peak_bf16_flops_per_s", "link_bytes_per_s", "network_bytes_per_s")
 _FRACTIONS = ("bandwidth_fraction", "flops_fraction", "network_fraction")
 
 
@@ -51,7 +53,7 @@ def deployment_of(question: Question, found: Served) -> Deployment:
     assert config is not None
     return Deployment(
         config=config,
-        cluster=found.cluster,
+        cluster=Cluster(device=question.cluster.device, count=found.cluster.count),
         weights=found.plan.weights,
         cache_bytes_per_element=settings.value("cache_bytes_per_number"),
         reserve_fraction=settings.value("reserve_fraction"),
@@ -101,7 +103,7 @@ def revenue_of_day(load: Load, model: str, now: datetime) -> tuple[Price, float]
 
 
 def _speed_figures(question: Question, found: Served, best: Speeds, worst: Speeds | None) -> Iterator[Figure]:
-    settings = ("context_tokens", "weights", "cache_bytes_per_number", *_FRACTIONS)
+    settings = ("context_tokens", "weights", "cache_bytes_per_number", *_HARDWARE, *_FRACTIONS)
     for name, label, get, unit in (
         (
             "decode_tokens_per_s",
@@ -144,7 +146,7 @@ def _speed_figures(question: Question, found: Served, best: Speeds, worst: Speed
         value=best.prefill.tokens_per_s,
         unit="tokens/s",
         formula="tokens of a pass / max(bytes moved / bandwidth, operations / peak, bytes sent / link)",
-        inputs=("prompt_tokens", "weights", *_FRACTIONS),
+        inputs=("prompt_tokens", "weights", *_HARDWARE, *_FRACTIONS),
         source=_BOUND,
         low=None if worst is None else worst.prefill.tokens_per_s,
         high=None if worst is None else best.prefill.tokens_per_s,
@@ -177,7 +179,7 @@ def _limit_figures(question: Question, deployment: Deployment, found: Served) ->
             value=limit.all_to_all_us,
             unit="us",
             formula=f"3 bytes x micro_batch_tokens x (experts per token + shared) x hidden / {link:.3g} bytes/s",
-            inputs=("micro_batch_tokens",),
+            inputs=("micro_batch_tokens", "link_bytes_per_s", "network_bytes_per_s"),
             source="ISCA 2025 §2.3.2: FP8 out, bf16 back; 120.96 us at 50 GB/s with the hidden size rounded",
         )
         yield Figure(
@@ -186,7 +188,7 @@ def _limit_figures(question: Question, deployment: Deployment, found: Served) ->
             value=limit.tokens_per_s,
             unit="tokens/s",
             formula=f"1 / (2 x layers x 3 bytes x micro_batch_tokens x (experts per token + shared) x hidden / {link:.3g} bytes/s)",
-            inputs=("micro_batch_tokens",),
+            inputs=("micro_batch_tokens", "link_bytes_per_s", "network_bytes_per_s"),
             source="ISCA 2025 §2.3.2: 67 tokens/s at 50 GB/s, about 1200 at 900 GB/s",
         )
 

@@ -57,8 +57,8 @@ def _run_figures(question: Question, count: int) -> Iterator[Figure]:
         label=f"hours of {name}, all devices together",
         value=hours,
         unit="h",
-        formula=f"training_flops / ({question.cluster.device.peak_flops('bf16'):.4g} FLOP/s in bf16 x utilisation_fraction x 3600)",
-        inputs=("training_flops", "utilisation_fraction"),
+        formula="training_flops / (peak_bf16_flops_per_s x utilisation_fraction x 3600)",
+        inputs=("training_flops", "peak_bf16_flops_per_s", "utilisation_fraction"),
         source=question.cluster.device.source,
         note=operations.note,
         low=low,
@@ -145,8 +145,8 @@ def _dense_figures(question: Question) -> Iterator[Figure]:
             label=f"hours of {label} ({_short(params or question.model.total_params)} parameters)",
             value=hours,
             unit="h",
-            formula="tokens x training_flops_per_token of the dense model / (peak x utilisation_fraction x 3600)",
-            inputs=("tokens", "utilisation_fraction"),
+            formula="tokens x training_flops_per_token of the dense model / (peak_bf16_flops_per_s x utilisation_fraction x 3600)",
+            inputs=("tokens", "peak_bf16_flops_per_s", "utilisation_fraction"),
             source=source,
         )
 

@@ -122,14 +122,6 @@ def served(question: Question) -> Served | None:
 
 def fitting_figures(question: Question, training: Trained | None, serving: Served | None) -> Iterator[Figure]:
     """Memory of both, against the device."""
-    yield Figure(
-        name="device_bytes",
-        label="memory of one device",
-        value=question.cluster.device.memory_bytes,
-        unit="bytes",
-        formula="the hardware's",
-        source=question.cluster.device.source,
-    )
     if training is not None:
         yield from _training_figures(question, training)
     if serving is not None:

@@ -21,15 +21,21 @@ class Question:
     """A model on hardware under assumptions."""
 
     model: Rival
-    cluster: Cluster
+    hardware: Cluster
+    """As it was named; `cluster` has the settings' numbers."""
     settings: Settings
     is_hardware_given: bool = True
-    """False where nobody named hardware and `cluster` is one device of the default kind."""
+    """False where nobody named hardware and this is one device of the default kind."""
+
+    @property
+    def cluster(self) -> Cluster:
+        """The hardware as the settings have it."""
+        return Cluster(device=self.settings.device(self.hardware.device), count=self.hardware.count)
 
     @property
     def is_without_accelerator(self) -> bool:
         """Whether the device is a machine with cores only."""
-        return "fp8" not in self.cluster.device.flops and self.cluster.device.link_bytes_per_s == 0
+        return "fp8" not in self.hardware.device.flops and self.hardware.device.link_bytes_per_s == 0
 
     @property
     def recipe(self) -> Recipe:
@@ -39,7 +45,7 @@ class Question:
             return recipe(named)
         if self.is_without_accelerator:
             return recipe("cpu")
-        return recipe("deepseek_fp8" if "fp8" in self.cluster.device.flops else "bf16")
+        return recipe("deepseek_fp8" if "fp8" in self.hardware.device.flops else "bf16")
 
 
 def ask(model: Rival, cluster: Cluster | None, given: Given, utilisation: Assumption | None = None) -> Question:
@@ -53,4 +59,4 @@ def ask(model: Rival, cluster: Cluster | None, given: Given, utilisation: Assump
     is_plain = on.device.link_bytes_per_s == 0
     assumed = utilisation or (CPU_UTILISATION if is_plain else V3_UTILISATION)
     settings = settle(given, model.config, on, assumed)
-    return Question(model=model, cluster=on, settings=settings, is_hardware_given=cluster is not None)
+    return Question(model=model, hardware=on, settings=settings, is_hardware_given=cluster is not None)

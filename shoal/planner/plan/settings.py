@@ -14,7 +14,7 @@ from shoal.errors import ConfigError, did_you_mean
 from shoal.planner.activations import RECIPES
 from shoal.planner.cost import Assumption, CostAssumptions
 from shoal.planner.deployment import WEIGHT_FORMATS
-from shoal.planner.hardware import Cluster
+from shoal.planner.hardware import Cluster, Device
 from shoal.planner.network import FITTED_PRICES
 from shoal.planner.plan.units import check_plausible, parse_quantity
 from shoal.planner.prices import PRICES
@@ -128,6 +128,12 @@ SETTINGS: dict[str, Setting] = {
         _number("utilisation_fraction", "utilisation (MFU), of the dense bf16 peak", "fraction", 1e-6, 1, None,
                 V3_UTILISATION.source, doubt=(0.20, 0.40)),
         _number("price_usd_per_device_h", "rent of one device", "USD/h", 0, 1e3, None, "the hardware's"),
+        _number("device_bytes", "memory of one device", "bytes", 2**26, 2**46, None, "the hardware's", is_whole=True),
+        _number("memory_bytes_per_s", "bandwidth of one device's memory", "bytes/s", 1e8, 1e15, None, "the hardware's"),
+        _number("peak_bf16_flops_per_s", "dense bf16 peak of one device; other formats move with it", "FLOP/s", 1e9, 1e19, None,
+                "the hardware's"),
+        _number("link_bytes_per_s", "link to other devices of the machine, one direction", "bytes/s", 0, 1e13, None, "the hardware's"),
+        _number("network_bytes_per_s", "one device's link to other machines, one direction", "bytes/s", 0, 1e13, None, "the hardware's"),
         _number("power_w", "power of one device with its share of the machine", "W", 5, 2e4, None, "the hardware's"),
         _number("pue", "energy of the building over that of its machines (PUE)", "ratio", 1, 3, 1.56,
                 "average of operators' largest sites, Uptime Institute survey 2024; 1 on a desk", doubt=(1.1, 1.58)),
@@ -219,6 +225,18 @@ class Settings:
         """The same with one number moved."""
         moved = self.numbers[key].with_value(value, "moved")
         return replace(self, numbers={**self.numbers, key: moved})
+
+    def device(self, named: Device) -> Device:
+        """The named device as these numbers have it."""
+        times = self.value("peak_bf16_flops_per_s") / named.peak_flops("bf16")
+        return replace(
+            named,
+            memory_bytes=self.whole("device_bytes"),
+            bandwidth_bytes_per_s=self.value("memory_bytes_per_s"),
+            flops={precision: times * flops for precision, flops in named.flops.items()},
+            link_bytes_per_s=self.value("link_bytes_per_s"),
+            network_bytes_per_s=self.value("network_bytes_per_s"),
+        )
 
     def cost_assumptions(self, count: int) -> CostAssumptions:
         """Prices and factors of `count` devices."""
@@ -315,6 +333,11 @@ def _defaults(
     yield "utilisation_fraction", (utilisation.value, utilisation.source)
     yield "price_usd_per_device_h", (device.price_usd_per_h, device.source)
     yield "power_w", (device.power_w, device.source)
+    yield "device_bytes", (device.memory_bytes, device.source)
+    yield "memory_bytes_per_s", (device.bandwidth_bytes_per_s, device.source)
+    yield "peak_bf16_flops_per_s", (device.peak_flops("bf16"), device.source)
+    yield "link_bytes_per_s", (device.link_bytes_per_s, device.source)
+    yield "network_bytes_per_s", (device.network_bytes_per_s, device.source)
     yield "usd_per_kwh", (region.usd_per_kwh, region.source)
     yield "kg_co2_per_kwh", (region.kg_co2_per_kwh, region.source)
     yield "sequence_tokens", (min(4096, positions), SETTINGS["sequence_tokens"].source)

@@ -12,6 +12,9 @@ from shoal.errors import ConfigError
 
 TOKEN_COUNTS = {"": 1.0, "tokens": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
+USUAL_TOKENS = 1e13
+"""Of 14.8 K, M, B and T tokens the last was meant."""
+
 UNITS: dict[str, dict[str, float]] = {
     "W": {"W": 1.0, "kW": 1e3, "MW": 1e6},
     "USD/h": {"USD/h": 1.0},
@@ -20,7 +23,9 @@ UNITS: dict[str, dict[str, float]] = {
     "fraction": {"": 1.0, "%": 0.01},
     "tokens": TOKEN_COUNTS,
     "tokens/s": {"tokens/s": 1.0},
-    "bytes": {"B": 1.0, "bytes": 1.0, "bits": 0.125},
+    "bytes": {"B": 1.0, "bytes": 1.0, "bits": 0.125, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30},
+    "bytes/s": {"B/s": 1.0, "GB/s": 1e9, "TB/s": 1e12, "Gbit/s": 1e9 / 8},
+    "FLOP/s": {"FLOP/s": 1.0, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15},
 }
 """By the unit of the setting: what may be typed, and its factor. Units that are not here are typed without a unit."""
 
@@ -66,5 +71,6 @@ def _probably(name: str, value: float, unit: str, low: float, high: float) -> st
     ]
     if not fitting:
         return ""
-    word, meant = max(fitting, key=lambda pair: pair[1])  # of 14.8 K and 14.8 T tokens the latter was meant
+    usual = USUAL_TOKENS if unit == "tokens" else math.sqrt(low * high)
+    word, meant = min(fitting, key=lambda pair: abs(math.log(pair[1] / usual)))
     return f"; {value:g} {word} would be {name}={meant:g}"

@@ -70,7 +70,7 @@ def make_plan(question: Question) -> Plan:
     return _put_together(question, trained(question), served(question))
 
 
-_REFIT_FOR = ("context_tokens", "num_sequences", "reserve_fraction", "micro_batch", "sequence_tokens")
+_REFIT_FOR = ("device_bytes", "context_tokens", "num_sequences", "reserve_fraction", "micro_batch", "sequence_tokens")
 
 
 def figure_under(plan: Plan, settings: Settings, name: str) -> Figure | None:

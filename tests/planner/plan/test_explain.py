@@ -19,7 +19,8 @@ def plan(model: str, *settings: str, fit: str | None = None) -> Plan:
 def test_an_explanation_goes_down_to_every_assumption():
     found = explain(plan("v3", "tokens=14.8T", "pue=1.3"), "training_kg_co2")
     assumed = {one.name: one for one in found.inputs if one.is_assumption}
-    assert set(assumed) == {"tokens", "utilisation_fraction", "sequence_tokens", "power_w", "pue", "kg_co2_per_kwh"}
+    hardware = {"peak_bf16_flops_per_s", "power_w"}
+    assert set(assumed) == {"tokens", "utilisation_fraction", "sequence_tokens", "pue", "kg_co2_per_kwh", *hardware}
     assert assumed["pue"].source == "set by you" and all(one.source for one in found.inputs)
     names = [one.name for one in found.inputs]
     assert names[:2] == ["training_kwh", "kg_co2_per_kwh"] and len(names) == len(set(names))
@@ -33,7 +34,13 @@ def test_an_explained_formula_gives_the_figure():
 
 def test_sensitivity_moves_the_figure_as_a_plan_made_anew_does():
     made = plan("v3", "tokens=1T")
-    for name in ("training_kwh", "usd_per_million_output_tokens", "most_sequences", "kv_bytes_per_sequence"):
+    for name in (
+        "training_kwh",
+        "decode_tokens_per_s_per_device",
+        "usd_per_million_output_tokens",
+        "most_sequences",
+        "kv_bytes_per_sequence",
+    ):
         for effect in sensitivity(made, name).effects[:3]:
             anew = plan("v3", *(["tokens=1T"] if effect.key != "tokens" else []), f"{effect.key}={effect.high!r}")
             assert effect.at_high == pytest.approx(anew.figure(name).value), (name, effect.key)
