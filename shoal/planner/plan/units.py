@@ -71,6 +71,6 @@ def _probably(name: str, value: float, unit: str, low: float, high: float) -> st
     ]
     if not fitting:
         return ""
-    usual = USUAL_TOKENS if unit == "tokens" else math.sqrt(low * high)
+    usual = USUAL_TOKENS if unit == "tokens" else math.sqrt(max(low, 0.01 * high) * high)
     word, meant = min(fitting, key=lambda pair: abs(math.log(pair[1] / usual)))
     return f"; {value:g} {word} would be {name}={meant:g}"
