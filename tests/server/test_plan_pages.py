@@ -20,7 +20,9 @@ from shoal.server.plan_pages import plan_router
 def client():
     app = FastAPI()
     app.include_router(plan_router())
-    app.add_exception_handler(ShoalError, lambda _, error: error_response(400, str(error), "invalid_request_error"))
+    app.add_exception_handler(
+        ShoalError, lambda request, error: error_response(request, 400, str(error), "invalid_request_error")
+    )
     return TestClient(app)
 
 

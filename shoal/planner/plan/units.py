@@ -12,8 +12,8 @@ from shoal.errors import ConfigError
 
 TOKEN_COUNTS = {"": 1.0, "tokens": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
-USUAL_TOKENS = 1e13
-"""Of 14.8 K, M, B and T tokens the last was meant."""
+USUAL = {"tokens": 1e13, "bytes": 1e11, "bytes/s": 1e12, "FLOP/s": 1e15}
+"""What is meant where several units fit: of 14.8 K, M, B and T tokens the last."""
 
 UNITS: dict[str, dict[str, float]] = {
     "W": {"W": 1.0, "kW": 1e3, "MW": 1e6},
@@ -71,6 +71,6 @@ def _probably(name: str, value: float, unit: str, low: float, high: float) -> st
     ]
     if not fitting:
         return ""
-    usual = USUAL_TOKENS if unit == "tokens" else math.sqrt(max(low, 0.01 * high) * high)
+    usual = USUAL.get(unit, math.sqrt(max(low, 0.01 * high) * high))
     word, meant = min(fitting, key=lambda pair: abs(math.log(pair[1] / usual)))
     return f"; {value:g} {word} would be {name}={meant:g}"
