@@ -33,7 +33,7 @@ def test_units_of_the_same_kind_are_converted(text, key, value):
         ("usd_per_kwh=12.8", "12.8 ct/kWh would be usd_per_kwh=0.128"),
         ("kg_co2_per_kwh=480", "480 g/kWh would be kg_co2_per_kwh=0.48"),
         ("tokens=14.8", "14.8 T would be tokens=1.48e+13"),
-        ("device_bytes=80", "80 GB would be device_bytes=8e+10"),
+        ("device_bytes=80", "80 GiB would be device_bytes=8.58993e+10"),
         ("memory_bytes_per_s=3.35", "3.35 TB/s would be"),
         ("peak_bf16_flops_per_s=989", "989 TFLOP/s would be"),
         ("tokens=-5", "from 1000 to 1e+18"),
