@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shoal.checkpoint.hf_format import load_config
 from shoal.config import ModelConfig
 from shoal.engine.engine import Engine
-from shoal.engine.loading import load_for_generation
+from shoal.engine.loading import find_model, load_for_generation
 from shoal.errors import ConfigError, TaskError
 from shoal.log import say
 from shoal.model.transformer import Transformer
@@ -132,7 +133,9 @@ class _Reinforce:
 
     def __init__(self, run_dir: Path, config: ReinforceConfig, source: TaskSource) -> None:
         self.dir, self.config, self.source = run_dir, config, source
-        values = {**asdict(config), "model": str(config.model) if config.model else None}
+        self.stage = f"rl-{config.seed}"
+        shape = load_config(find_model(config.model)) if config.model else config.base.model
+        values = {**asdict(config), "base_model": str(config.model) if config.model else None, "model": shape.to_dict()}
         values.pop("pool")
         settings = {"recipe": "reinforce", **values, "source": source.identity}
         self.models = ModelRun(run_dir, settings, {})
@@ -146,7 +149,7 @@ class _Reinforce:
             self.models.stage("base", f"take {self.config.model} as the base", self._take_model)
         self.models.stage("evaluate", "measure the base on held-out problems", self._measure_base)
         self._stop_if_hopeless()
-        self.models.stage("rl", "reinforcement learning from reward alone", self._reinforce)
+        self.models.stage(self.stage, "reinforcement learning from reward alone", self._reinforce)
         with self.models.log.stage("report", "write the report"):
             self._write_evaluation()
             model_dir = self._export()
@@ -156,7 +159,7 @@ class _Reinforce:
             model_dir=model_dir,
             report=paths.html,
             before=self._skill("base"),
-            after=self._skill("rl"),
+            after=self._skill(self.stage),
         )
 
     def _write_corpus(self, facts: dict[str, Any]) -> None:
@@ -303,11 +306,19 @@ class _Reinforce:
             say("  keep_routing is off: this model has no routed experts")
             stage = replace(stage, keep_routing=False)
         asked = [self._asked(problem) for problem in self.source.sets.problems("rl", config.rl_problems)]
-        rewards = self.source.rewards or R1_ZERO_REWARDS
-        train_grpo(model, stage, asked, self._prompter(), self.dir, rewards=rewards, verifier=self.source.verifier)
+        train_grpo(
+            model,
+            stage,
+            asked,
+            self._prompter(),
+            self.dir,
+            stage=self.stage,
+            rewards=self.source.rewards or R1_ZERO_REWARDS,
+            verifier=self.source.verifier,
+        )
         skill = self._measure(model)
-        write_json(self.dir / "skill-rl.json", skill.to_dict())
-        self.models.save("rl", model)
+        write_json(self.dir / f"skill-{self.stage}.json", skill.to_dict())
+        self.models.save(self.stage, model)
         facts["result"] = skill.describe()
 
     def _measure(self, model: Transformer) -> SkillReport:
@@ -337,7 +348,7 @@ class _Reinforce:
         return SkillReport(**{**values, "pass_at_1_interval": tuple(values["pass_at_1_interval"])})
 
     def _write_evaluation(self) -> None:
-        before, after, held_out = self._skill("base"), self._skill("rl"), self._held_out()
+        before, after, held_out = self._skill("base"), self._skill(self.stage), self._held_out()
         samples = [
             {"prompt": problem.prompt, "answer": problem.answer, "before": first, "after": later}
             for problem, first, later in zip(held_out, before.examples, after.examples)
@@ -360,7 +371,7 @@ class _Reinforce:
             "suggestions": [problem.prompt for problem in self._held_out()[:4]],
             "max_tokens": self.config.max_response_tokens,
         }
-        target = self.models.export("rl", card)
+        target = self.models.export(self.stage, card)
         self._prompter().template.save(target)
         return target
 

@@ -52,7 +52,7 @@ def test_the_documented_example_trains_resumes_and_leaves_a_model(tmp_path, monk
     result = run_reinforce(tmp_path / "run", config)
     assert result.report.is_file() and (result.model_dir / "tokenizer.json").is_file()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    (last,) = [line for line in lines if line["stage"] == "rl" and line["step"] == 2]
+    (last,) = [line for line in lines if line["stage"] == "rl-0" and line["step"] == 2]
     assert {"informative_groups", "clip_fraction", "entropy", "mismatch_kl", "verifier_s", "verifier_failures"} <= set(
         last
     )
@@ -77,7 +77,7 @@ def test_a_base_that_never_succeeds_ends_the_run_early_with_pass_at_64(tmp_path)
     config = _micro(f"jsonl:{path}", base_steps=2, samples_per_problem=64, held_out_problems=3)
     with pytest.raises(TaskError, match=r"never succeeds: pass@64 is 0 % over 3 held-out .*--difficulty"):
         run_reinforce(tmp_path / "run", config)
-    assert not (tmp_path / "run" / "rl").exists()
+    assert not (tmp_path / "run" / "rl-0").exists()
 
 
 CHEATABLE = """
