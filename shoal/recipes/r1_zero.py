@@ -27,7 +27,7 @@ class FamilyPlan:
     rl_steps: int
     worked_share: float = 0.15
     arithmetic_share: float = 0.15
-    rl_problems: int = 1000
+    rl_problems: int = 1200
     learning_rate: float = 5e-4
     """What took the demo's base from 39 to 91 % (docs/log.md); twice as much, on bases trained less, cost them their skill."""
 
@@ -48,7 +48,7 @@ def study_config(family: str, seeds: Sequence[int] = (0, 1, 2)) -> DemoConfig:
     """
     if family not in PLANS:
         raise ConfigError(f"no plan for family {family!r}{did_you_mean(family, PLANS)}; there are {', '.join(PLANS)}.")
-    plan, base = PLANS[family], demo_config(quick=True)
+    plan, base = PLANS[family], demo_config()
     schedule = Schedule(kind="wsd", warmup_steps=20, total_steps=plan.pretraining_steps, decay_fraction=0.6)
     return replace(
         base,
