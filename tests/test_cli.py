@@ -10,7 +10,7 @@ from shoal.cli import app
 from shoal.model.transformer import Transformer, initialise
 from tests.model.test_mla import TINY
 
-VERBS = ("demo", "pretrain", "rl", "generate", "chat", "serve", "report", "plan", "doctor", "version")
+VERBS = ("demo", "pretrain", "sft", "eval", "rl", "generate", "chat", "serve", "report", "plan", "doctor", "version")
 
 
 def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:

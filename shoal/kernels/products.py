@@ -1,4 +1,4 @@
-"""Matrix products of training in bfloat16, with what surrounds them: linear layers and SwiGLU networks, routed or not.
+"""Matrix products of training in bfloat16, with what surrounds them: linear layers, SwiGLU networks, the head.
 
 PyTorch's products are good, but a small model pays more for the passes around them: casts, gathers, a call per expert. Here
 an input is cast while it is gathered, gated while it is in registers, and one call runs all experts, forward or backward.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.device import describe_machine
 from shoal.kernels.cpu.build import library
+from shoal.kernels.cpu.calling import call
 from shoal.kernels.dispatch import reduce_slots
 
 LANES = 16
@@ -49,6 +50,17 @@ def swiglu_experts(
     return out_MD
 
 
+def head_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Summed cross-entropy in nats under the head, differentiable, and each row's best token. None: no kernel fits.
+
+    Scores are float32 sums of bfloat16 products; their array never exists.
+    """
+    if not _fits(hidden_MD, weight_VD):
+        return None
+    total, best_M = _HeadCrossEntropy.apply(hidden_MD, weight_VD, label_M)
+    return total, best_M
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, weight_FD: Tensor) -> Tensor:
@@ -57,7 +69,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x_MD)
         (rows, cols), outs = x_MD.shape, weight_FD.shape[0]
         out_MF = x_MD.new_empty(rows, outs)
-        _call("linear_forward", x_MD, panels, out_MF, rows, cols, outs)
+        call("linear_forward", x_MD, panels, out_MF, rows, cols, outs)
         return out_MF
 
     @staticmethod
@@ -67,7 +79,7 @@ class _Linear(torch.autograd.Function):
         (rows, cols), outs = x_MD.shape, grad_MF.shape[1]
         grad_x = torch.empty_like(x_MD) if ctx.needs_input_grad[0] else None
         grad_weight = x_MD.new_empty(outs, cols)
-        _call("linear_backward", grad_MF, x_MD, ctx.panels_back, grad_x, grad_weight, rows, cols, outs)
+        call("linear_backward", grad_MF, x_MD, ctx.panels_back, grad_x, grad_weight, rows, cols, outs)
         return grad_x, grad_weight
 
 
@@ -80,7 +92,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.sizes = (rows, hidden, down_DF.shape[1], 1, 1)
         kept, out_MD = x_MD.new_empty(rows, len(gate_up_XD), dtype=torch.bfloat16), torch.empty_like(x_MD)
         end = torch.tensor([rows])
-        _call("swiglu_experts_forward", x_MD, None, end, gate_up, down, kept, out_MD, *ctx.sizes)
+        call("swiglu_experts_forward", x_MD, None, end, gate_up, down, kept, out_MD, *ctx.sizes)
         ctx.save_for_backward(x_MD, kept, end)
         return out_MD
 
@@ -94,7 +106,7 @@ class _SwiGLU(torch.autograd.Function):
             x_MD.new_empty(hidden, width),
         )
         given = (grads[0].contiguous(), x_MD, None, None, end, *ctx.panels_back, kept)
-        _call("swiglu_experts_backward", *given, grad_x, None, grad_gate_up, grad_down, *ctx.sizes)
+        call("swiglu_experts_backward", *given, grad_x, None, grad_gate_up, grad_down, *ctx.sizes)
         return grad_x, grad_gate_up, grad_down
 
 
@@ -110,7 +122,7 @@ class _RoutedSwiGLU(torch.autograd.Function):
         ctx.sizes = (len(choice_P), hidden, width, experts, expert_MK.shape[1])
         kept = x_MD.new_empty(len(choice_P), 2 * width, dtype=torch.bfloat16)
         out_PD = x_MD.new_empty(len(choice_P), hidden, dtype=torch.bfloat16)
-        _call("swiglu_experts_forward", x_MD, choice_P, end_E, gate_up, down, kept, out_PD, *ctx.sizes)
+        call("swiglu_experts_forward", x_MD, choice_P, end_E, gate_up, down, kept, out_PD, *ctx.sizes)
         ctx.save_for_backward(x_MD, weight_MK, slot_MK, choice_P, end_E, kept)
         return reduce_slots(out_PD, slot_MK, weight_MK, torch.float32)
 
@@ -125,8 +137,37 @@ class _RoutedSwiGLU(torch.autograd.Function):
             x_MD.new_empty(experts, hidden, width),
         )
         given = (grads[0].contiguous(), x_MD, weight_MK, choice_P, end_E, *ctx.panels_back, kept)
-        _call("swiglu_experts_backward", *given, grad_PD, grad_weight, grad_gate_up, grad_down, *ctx.sizes)
+        call("swiglu_experts_backward", *given, grad_PD, grad_weight, grad_gate_up, grad_down, *ctx.sizes)
         return reduce_slots(grad_PD, slot_MK, None, torch.float32), grad_weight, None, grad_gate_up, grad_down
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Gradients are taken in the forward pass, while the scores are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_MD, label_M = hidden_MD.contiguous(), label_M.contiguous()
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        panels, panels_back = _pack(weight_VD, needs_hidden or needs_weight)
+        (rows, width), vocabulary = hidden_MD.shape, len(weight_VD)
+        loss_M, best_M = hidden_MD.new_empty(rows), torch.empty_like(label_M)
+        grad_hidden = torch.empty_like(hidden_MD) if needs_hidden or needs_weight else None
+        grad_weight = torch.empty_like(weight_VD) if needs_weight else None
+        given = (hidden_MD, panels, panels_back, label_M, loss_M, best_M, grad_hidden, grad_weight)
+        call("head_cross_entropy", *given, rows, width, vocabulary)
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(best_M)
+        return loss_M.sum(), best_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.grads
+        scale = grads[0]
+        return (
+            grad_hidden * scale if ctx.needs_input_grad[0] else None,
+            grad_weight * scale if grad_weight is not None else None,
+            None,
+        )
 
 
 def sort_slots(expert_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +175,7 @@ def sort_slots(expert_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     expert_MK = expert_MK.contiguous()
     slot_MK, choice_P = torch.empty_like(expert_MK), torch.empty(expert_MK.numel(), dtype=torch.long)
     end_E = torch.empty(num_experts, dtype=torch.long)
-    _call("sort_slots", expert_MK, expert_MK.numel(), num_experts, slot_MK, choice_P, end_E)
+    call("sort_slots", expert_MK, expert_MK.numel(), num_experts, slot_MK, choice_P, end_E)
     return slot_MK, choice_P, end_E
 
 
@@ -153,7 +194,7 @@ def _pack(weight: Tensor, with_backward: bool, gated: bool = False) -> tuple[Ten
     *stack, rows, cols = weight.shape
     forward = torch.empty(weight.numel(), dtype=torch.bfloat16)
     backward = torch.empty_like(forward) if with_backward else None
-    _call("pack_weights", weight, stack[0] if stack else 1, rows, cols, ctypes.c_int32(gated), forward, backward)
+    call("pack_weights", weight, stack[0] if stack else 1, rows, cols, ctypes.c_int32(gated), forward, backward)
     return forward, backward
 
 
@@ -177,15 +218,3 @@ def _pays() -> bool:
     if kernels is None or any(name.startswith("amx") for name in describe_machine().instructions):
         return False
     return bool(kernels.shoal_multiplies_bf16())
-
-
-def _call(name: str, *arguments: Any) -> None:
-    getattr(library(), name)(*(_c_value(argument) for argument in arguments))
-
-
-def _c_value(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument

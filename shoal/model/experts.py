@@ -41,7 +41,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.down_proj.compute_dtype or x.dtype
         flat_MD = x.reshape(-1, x.shape[-1])
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and self.down_proj.fp8 is None:
             fused_MD = products.swiglu(flat_MD, self.gate_up_proj.weight, self.down_proj.weight)
             if fused_MD is not None:
                 return fused_MD.view_as(x)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.config import ModelConfig
+from shoal.kernels.heads import expand_keys, rotate_tails
 from shoal.model.attention import attend
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import Linear, RMSNorm
@@ -77,6 +78,9 @@ class LatentAttention(nn.Module):
             else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
         )
         query_BSHQ: Tensor = flat.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        turned_BSHQ = rotate_tails(query_BSHQ, rotation_BSP, config.qk_nope_head_dim)
+        if turned_BSHQ is not None:
+            return turned_BSHQ
         plain_BSHN, rotary_BSHR = query_BSHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return torch.cat([plain_BSHN, rotate_interleaved(rotary_BSHR, rotation_BSP)], dim=-1)
 
@@ -93,6 +97,9 @@ class LatentAttention(nn.Module):
         config = self.config
         latent_BTC, key_BTR = cached_BTW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         up_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
+        expanded = expand_keys(up_BTHX, key_BTR, config.qk_nope_head_dim)
+        if expanded is not None:
+            return self.o_proj(attend(query_BSHQ, *expanded, visibility, self.softmax_scale).flatten(2))
         plain_BTHN, value_BTHU = up_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         rotary_BTHR = key_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         key_BTHQ = torch.cat([plain_BTHN, rotary_BTHR], dim=-1)

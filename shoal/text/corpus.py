@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import DataError
 
@@ -57,27 +58,39 @@ def _read(path: Path, text_key: str) -> Iterator[str]:
     if path.name.endswith(".parquet"):
         yield from _read_parquet(path, text_key)
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_json_lines(path, text_key)
+        for where, value in read_json_lines(path):
+            yield _text_of(value, where, text_key)
     else:
         yield _decode(path.read_bytes(), str(path))
 
 
-def _read_json_lines(path: Path, text_key: str) -> Iterator[str]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The value of every line that is not empty, with where it stands, for messages. `.gz` files are unpacked on the way.
+
+    Raises:
+        DataError: a file that is missing, no whole gzip file, not UTF-8, or a line that is no JSON.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; give a file with one JSON object a line.")
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _text_of_line(line, f"{path}, line {number}", text_key)
+                    yield f"{path}, line {number}", _value_of_line(line, f"{path}, line {number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no whole gzip file ({error}); fetch it again.") from error
 
 
-def _text_of_line(line: bytes, where: str, text_key: str) -> str:
+def _value_of_line(line: bytes, where: str) -> Any:
     try:
-        value = json.loads(_decode(line, where))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); every line must be one JSON object.") from error
+        return json.loads(_decode(line, where))
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise DataError(f"{where}: not JSON ({what}); every line must be one JSON object.") from error
+
+
+def _text_of(value: Any, where: str, text_key: str) -> str:
     text = value.get(text_key) if isinstance(value, dict) else None
     if not isinstance(text, str):
         seen = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.kernels import products
 from shoal.kernels.dispatch import cross_entropy_rows_
 from shoal.model.load_balance import auxiliary_loss, sequence_balance_loss
 from shoal.model.router import Routing
@@ -75,7 +76,9 @@ def cross_entropy(model: Transformer, hidden_BSD: Tensor, label_BS: Tensor, *, d
     if len(kept_M) < len(label_M):
         hidden_MD, label_M = hidden_MD.index_select(0, kept_M), label_M.index_select(0, kept_M)
     weight_VD = model.head_weight_VD.detach() if detach_head else model.head_weight_VD
-    total, best_M = ChunkedCrossEntropy.apply(hidden_MD, weight_VD, label_M, _head_dtype(model, hidden_MD))
+    dtype = _head_dtype(model, hidden_MD)
+    fused = products.head_cross_entropy(hidden_MD, weight_VD, label_M) if dtype == torch.bfloat16 else None
+    total, best_M = fused or ChunkedCrossEntropy.apply(hidden_MD, weight_VD, label_M, dtype)
     best_BS = torch.full_like(label_BS, -1).reshape(-1).scatter_(0, kept_M, best_M).view_as(label_BS)
     return TokenLoss(total=total, num_tokens=len(label_M), best_BS=best_BS)
 

@@ -92,6 +92,30 @@ def test_routed_swiglu_takes_experts_in_several_groups():
         assert close(whole[3][expert], part[1][expert], 2e-3)
 
 
+@pytest.mark.parametrize("rows, width, vocabulary", [(1, 16, 32), (45, 48, 1360), (1500, 32, 80)])
+def test_head_cross_entropy_equals_pytorch_in_value_and_gradients(rows, width, vocabulary):
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    label = torch.randint(0, vocabulary, (rows,))
+    total, best = products.head_cross_entropy(hidden, weight, label)
+    score = hidden.to(LOW).float() @ weight.to(LOW).float().t()
+    expected = torch.nn.functional.cross_entropy(score, label, reduction="sum")
+    assert close(total, expected, 1e-5) and torch.equal(best, score.argmax(dim=-1))
+    for mine, theirs in zip(gradients(total, hidden, weight), gradients(expected, hidden, weight)):
+        assert close(mine, theirs, 6e-3)
+
+
+def test_a_detached_head_gives_its_input_the_same_gradient():
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(70, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)
+    label = torch.randint(0, 48, (70,))
+    whole, _ = products.head_cross_entropy(hidden, weight, label)
+    detached, _ = products.head_cross_entropy(hidden, weight.detach(), label)
+    (expected,), (got,) = gradients(whole, hidden), gradients(detached, hidden)
+    assert torch.equal(got, expected)
+
+
 def test_slots_are_sorted_by_expert_tokens_ascending():
     chosen = torch.tensor([[2, 0], [0, 2], [2, 3]])
     slot, choice, end = products.sort_slots(chosen, 5)

@@ -20,8 +20,8 @@ from shoal.log import say
 
 ABI_VERSION = 2
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.cpp", "forward.cpp", "linear.cpp", "experts.cpp")
-HEADERS = ("simd.h", "packed.h", "latent_attention.h", "products.h")
+SOURCES = ("kernels.cpp", "forward.cpp", "linear.cpp", "experts.cpp", "head.cpp", "heads.cpp")
+HEADERS = ("simd.h", "packed.h", "latent_attention.h", "products.h", "cross_entropy.h")
 FLAGS = (
     "-O3",
     "-march=native",

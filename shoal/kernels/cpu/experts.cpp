@@ -34,12 +34,6 @@ std::vector<Block> blocks_of(const int64_t* end, int64_t experts) {
     return blocks;
 }
 
-inline float sum_of(Lanes v) {
-    float total = 0.0f;
-    for (int64_t i = 0; i < LANES; ++i) total += v[i];
-    return total;
-}
-
 // Rows of `x` that the slots of a block name.
 void gather(const float* x, const int64_t* choice, const Block& b, const Sizes& n, int64_t width, bf16* block) {
     for (int64_t r = 0; r < b.count; ++r) {
@@ -179,12 +173,13 @@ struct Backward {
         const int64_t base = first_pair(group, e) * 2, gate_tasks = outer_tasks(n.hidden), size = n.hidden * n.width;
         const bool is_gate_up = task < gate_tasks;
         const int64_t in = is_gate_up ? n.hidden : n.width, p = (is_gate_up ? task : task - gate_tasks) * OUTER_PANELS;
-        const int64_t last = std::min(in / LANES, p + OUTER_PANELS);
+        const Range in_panels{p, std::min(in / LANES, p + OUTER_PANELS)};
         if (is_gate_up)
-            outer_columns(c.grad_gate_up.get() + base * 2 * n.width, 2 * n.width, c.input.get() + base * n.hidden, in, pairs(e), p, last, false,
-                          grad_gate_up + e * 2 * size);
+            outer_columns(c.grad_gate_up.get() + base * 2 * n.width, {0, 2 * n.width}, c.input.get() + base * n.hidden, in, in_panels, pairs(e),
+                          false, grad_gate_up + e * 2 * size);
         else
-            outer_columns(c.grad.get() + base * n.hidden, n.hidden, c.act.get() + base * n.width, in, pairs(e), p, last, false, grad_down + e * size);
+            outer_columns(c.grad.get() + base * n.hidden, {0, n.hidden}, c.act.get() + base * n.width, in, in_panels, pairs(e), false,
+                          grad_down + e * size);
     }
 
     // Groups of experts, as the first expert of each and, last, their number.

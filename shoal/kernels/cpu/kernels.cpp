@@ -10,7 +10,7 @@
 
 #include <vector>
 
-#include "simd.h"
+#include "cross_entropy.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -220,12 +220,6 @@ struct Window {
     }
 };
 
-inline float sum_of(Lanes v) {
-    float total = 0.0f;
-    for (int64_t i = 0; i < LANES; ++i) total += v[i];
-    return total;
-}
-
 // Softmax of line[from .. to), in place, whole vectors at a time; returns the log of its normaliser. Up to 15 numbers
 // beyond `to` become zero.
 float softmax_line(float* line, int64_t from, int64_t to, float scale) {
@@ -253,31 +247,6 @@ void softmax_backward_line(float* p, float* ds, int64_t from, int64_t to, float 
         put(p + t, weight);
         put(ds + t, weight * (lanes(ds + t) - delta) * scale);
     }
-}
-
-template <typename T>
-float cross_entropy_row(T* score, int64_t label, int64_t width, int64_t& best) {
-    const int64_t whole = width / LANES * LANES;
-    float top = -INFINITY;
-    Lanes tops = Lanes{} - INFINITY;
-    for (int64_t v = 0; v < whole; v += LANES) tops = max_lanes(tops, lanes(score + v));
-    for (int64_t i = 0; i < LANES; ++i) top = std::max(top, tops[i]);
-    for (int64_t v = whole; v < width; ++v) top = std::max(top, load(score, v));
-    best = 0;
-    for (int64_t v = 0; v < width; ++v)
-        if (load(score, v) == top) {
-            best = v;
-            break;
-        }
-    Lanes sums = {};
-    for (int64_t v = 0; v < whole; v += LANES) sums += exp_lanes(lanes(score + v) - top);
-    float sum = sum_of(sums);
-    for (int64_t v = whole; v < width; ++v) sum += fast_exp(load(score, v) - top);
-    const float at_label = load(score, label), norm = 1.0f / sum;
-    for (int64_t v = 0; v < whole; v += LANES) put(score + v, exp_lanes(lanes(score + v) - top) * norm);
-    for (int64_t v = whole; v < width; ++v) store(score, v, fast_exp(load(score, v) - top) * norm);
-    store(score, label, fast_exp(at_label - top) * norm - 1.0f);
-    return std::log(sum) - (at_label - top);
 }
 
 }  // namespace

@@ -112,7 +112,7 @@ void linear_backward(const float* grad, const float* x, const bf16* panels, floa
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < outer_tasks(cols); ++task) {
             const int64_t p = task * OUTER_PANELS;
-            outer_columns(left.get(), outs, right.get(), cols, pairs, p, std::min(cols / LANES, p + OUTER_PANELS), false, grad_weight);
+            outer_columns(left.get(), {0, outs}, right.get(), cols, {p, std::min(cols / LANES, p + OUTER_PANELS)}, pairs, false, grad_weight);
         }
     }
 }

@@ -117,14 +117,18 @@ inline void block_to_columns(const bf16* block, int64_t width, int64_t rows, bf1
             put_pairs(columns + d / LANES * panel_step + r / 2 * PAIR, block + r * stride + d, block + (r + 1) * stride + d);
 }
 
-// Gradient of a weight [out_width][in_width], for in-panels [first, last): out[n][k] = sum over pairs of left[n] * right[k].
+struct Range {
+    int64_t first, last;
+};
+
+// Gradient of a weight [outs][in_width], some outs and some in-panels of it: out[n][k] = sum over pairs of left[n] * right[k].
 // `left` and `right` are columns of `pairs` pairs. With `accumulate` the sums are added to what is there.
-inline void outer_columns(const bf16* left, int64_t out_width, const bf16* right, int64_t in_width, int64_t pairs, int64_t first, int64_t last,
-                          bool accumulate, float* out) {
+inline void outer_columns(const bf16* left, Range outs, const bf16* right, int64_t in_width, Range in_panels, int64_t pairs, bool accumulate,
+                          float* out) {
     const int64_t step = pairs * PAIR;
     auto panels = [&](int64_t p, auto size) {
         constexpr int N = decltype(size)::value;
-        for (int64_t n = 0; n < out_width; n += TILE_ROWS) {
+        for (int64_t n = outs.first; n < outs.last; n += TILE_ROWS) {
             Lanes acc[TILE_ROWS][N] = {};
             tile<TILE_ROWS, N>(left + n / LANES * step + n % LANES * 2, 2, PAIR, right + p * step, step, pairs, acc);
             for (int64_t r = 0; r < TILE_ROWS; ++r)
@@ -134,10 +138,10 @@ inline void outer_columns(const bf16* left, int64_t out_width, const bf16* right
                 }
         }
     };
-    int64_t p = first;
-    for (; p + 3 <= last; p += 3) panels(p, std::integral_constant<int, 3>{});
-    for (; p + 2 <= last; p += 2) panels(p, std::integral_constant<int, 2>{});
-    for (; p < last; ++p) panels(p, std::integral_constant<int, 1>{});
+    int64_t p = in_panels.first;
+    for (; p + 3 <= in_panels.last; p += 3) panels(p, std::integral_constant<int, 3>{});
+    for (; p + 2 <= in_panels.last; p += 2) panels(p, std::integral_constant<int, 2>{});
+    for (; p < in_panels.last; ++p) panels(p, std::integral_constant<int, 1>{});
 }
 
 constexpr int64_t OUTER_PANELS = 3;  // in-panels per task of a weight gradient

@@ -72,6 +72,12 @@ inline int64_t padded(int64_t count, int64_t grain = LANES) { return (count + gr
 
 inline Lanes max_lanes(Lanes a, Lanes b) { return a > b ? a : b; }
 
+inline float sum_of(Lanes v) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
 // fast_exp of each lane.
 inline Lanes exp_lanes(Lanes x) {
     const Lanes low = Lanes{} - 87.0f, high = Lanes{} + 88.0f, half = Lanes{} + 0.5f;

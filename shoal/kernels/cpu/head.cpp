@@ -1,0 +1,117 @@
+// The output head in training: scores, cross-entropy, and both gradients, without the array of scores. See products.h.
+//
+// A block of rows is multiplied up to the whole vocabulary, turned into its own gradient while it lies in the cache of a
+// core, and multiplied down again. For the weight's gradient the gradients of CHUNK_ROWS rows are kept in bfloat16.
+//
+// Reference: training/loss.py through PyTorch; compared in tests/kernels/test_products.py.
+
+#include <type_traits>
+
+#include "cross_entropy.h"
+#include "products.h"
+
+namespace {
+
+using namespace shoal;
+
+constexpr int64_t HEAD_ROWS = 32;      // whose scores, in float32, still fit beside the weights that pass by
+constexpr int64_t CHUNK_ROWS = 1024;
+constexpr int64_t SEGMENT_PAIRS = 512; // of the vocabulary, summed before the next weights are touched
+constexpr int64_t OUTS_PER_TASK = 128;
+
+struct Head {
+    const float* hidden;
+    const bf16 *forward, *backward;
+    const int64_t* label;
+    float* loss;
+    int64_t* best;
+    float *grad_hidden, *grad_weight;  // the latter, or both, may be null
+    int64_t rows, width, vocabulary;
+
+    int64_t panels() const { return vocabulary / LANES; }
+
+    // Scores of a block as rows of floats.
+    void scores(const bf16* input, int64_t count, float* score) const {
+        block_times_panels<3>(input, width, count, forward, panels(), [&](int64_t r, int64_t p, auto& acc) {
+            constexpr int N = std::extent<std::remove_reference_t<decltype(acc)>, 1>::value;
+            for (int64_t i = 0; i < TILE_ROWS; ++i)
+                for (int j = 0; j < N; ++j) put(score + (r + i) * vocabulary + (p + j) * LANES, acc[i][j]);
+        });
+    }
+
+    // grad_hidden of a block: gradients of the scores times weights, a segment of the vocabulary after the other.
+    void lower(const bf16* grads, int64_t first, int64_t count) const {
+        for (int64_t k = 0; k < vocabulary / 2; k += SEGMENT_PAIRS) {
+            int64_t p = 0;
+            for (; p + 2 <= width / LANES; p += 2) lower_panels<2>(grads, first, count, k, p);
+            for (; p < width / LANES; ++p) lower_panels<1>(grads, first, count, k, p);
+        }
+    }
+
+    template <int P>
+    void lower_panels(const bf16* grads, int64_t first, int64_t count, int64_t k, int64_t p) const {
+        const int64_t step = vocabulary * LANES, stride = row_stride(vocabulary), pairs = std::min(SEGMENT_PAIRS, vocabulary / 2 - k);
+        for (int64_t r = 0; r < count; r += TILE_ROWS) {
+            Lanes acc[TILE_ROWS][P] = {};
+            tile<TILE_ROWS, P>(grads + r * stride + 2 * k, stride, 2, backward + p * step + k * PAIR, step, pairs, acc);
+            for (int64_t i = 0; i < std::min(TILE_ROWS, count - r); ++i)
+                for (int j = 0; j < P; ++j) {
+                    float* to = grad_hidden + (first + r + i) * width + (p + j) * LANES;
+                    put(to, k ? lanes(to) + acc[i][j] : acc[i][j]);
+                }
+        }
+    }
+
+    // Loss of a block, and in `grads` the gradient of its scores.
+    void block(int64_t first, int64_t count, bf16* input, float* score, bf16* grads) const {
+        for (int64_t r = 0; r < count; ++r) put_row(input + r * row_stride(width), hidden + (first + r) * width, width);
+        clear_rows(input, width, count);
+        scores(input, count, score);
+        for (int64_t r = 0; r < count; ++r) {
+            float* line = score + r * vocabulary;
+            loss[first + r] = cross_entropy_row(line, label[first + r], vocabulary, best[first + r]);
+            if (grad_hidden) put_row(grads + r * row_stride(vocabulary), line, vocabulary);
+        }
+        if (grad_hidden) clear_rows(grads, vocabulary, count);
+    }
+
+    void run() const {
+        const int64_t most = std::min(rows, CHUNK_ROWS), pairs = (most + 1) / 2;
+        Buffer<bf16> left(grad_weight ? 2 * pairs * vocabulary : 1), right(grad_weight ? 2 * pairs * width : 1);
+#pragma omp parallel
+        {
+            Buffer<bf16> input(HEAD_ROWS * row_stride(width)), grads(grad_hidden ? HEAD_ROWS * row_stride(vocabulary) : 1);
+            Buffer<float> score(HEAD_ROWS * vocabulary);
+            for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
+                const int64_t stop = std::min(rows, start + CHUNK_ROWS), chunk_pairs = (stop - start + 1) / 2, step = chunk_pairs * PAIR;
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t first = start; first < stop; first += HEAD_ROWS) {
+                    const int64_t count = std::min(HEAD_ROWS, stop - first), at = (first - start) * LANES;
+                    block(first, count, input.get(), score.get(), grads.get());
+                    if (grad_hidden) lower(grads.get(), first, count);
+                    if (!grad_weight) continue;
+                    block_to_columns(grads.get(), vocabulary, count, left.get() + at, step);
+                    block_to_columns(input.get(), width, count, right.get() + at, step);
+                }
+                if (!grad_weight) continue;
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t n = 0; n < vocabulary; n += OUTS_PER_TASK)
+                    outer_columns(left.get(), {n, std::min(vocabulary, n + OUTS_PER_TASK)}, right.get(), width, {0, width / LANES}, chunk_pairs,
+                                  start > 0, grad_weight);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Cross-entropy in nats and best token of each row of `hidden` under the head; with gradients of the summed loss, the
+// weight's or both of which may be null.
+void head_cross_entropy(const float* hidden, const bf16* forward, const bf16* backward, const int64_t* label, float* loss, int64_t* best,
+                        float* grad_hidden, float* grad_weight, int64_t rows, int64_t width, int64_t vocabulary) {
+    Head{hidden, forward, backward, label, loss, best, grad_hidden, grad_weight, rows, width, vocabulary}.run();
+}
+
+}  // extern "C"
