@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ConfigError
+from shoal.training.low_moments import LowMomentAdamW
 from shoal.training.muon import Muon
 
 
@@ -30,12 +31,16 @@ class OptimizerConfig:
     """Of AdamW, added to the root of the second moment. As large as the gradients' own entries it takes away full steps in
     directions that have next to no gradient: reinforcement learning with few samples needs that (docs/log.md)."""
     weight_decay: float = 0.1
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Of AdamW; bf16 halves their memory and is published V3's choice."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("adamw", "muon"):
             raise ConfigError(f"optimizer kind {self.kind!r} is unknown; use 'adamw' or 'muon'.")
+        if self.moments not in ("fp32", "bf16"):
+            raise ConfigError(f"moments={self.moments!r} is unknown; use 'fp32' or 'bf16'.")
         if self.learning_rate <= 0 or (self.muon_learning_rate is not None and self.muon_learning_rate <= 0):
             raise ConfigError(f"learning_rate={self.learning_rate} must be positive.")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -106,10 +111,14 @@ def _build(named: dict[str, nn.Parameter], config: OptimizerConfig) -> Iterator[
 
 
 def _adamw(groups: Iterable[tuple[list[nn.Parameter], float]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    parts = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    betas = (config.beta1, config.beta2)
+    if config.moments == "bf16":
+        return LowMomentAdamW(parts, lr=config.learning_rate, betas=betas, eps=config.eps)
     return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters],
+        parts,
         lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+        betas=betas,
         eps=config.eps,
         fused=True,
     )
