@@ -23,8 +23,8 @@ IGNORED = -100
 CHUNK_ELEMENTS = 4_194_304
 """Logits alive at once."""
 
-MIN_LOG = -1e4
-"""Stands in for the logarithm of zero where it is multiplied by zero."""
+RULED_OUT = -1e4
+"""A score whose exponential is zero beside any other; finite, so that zero times it is zero."""
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -206,9 +206,12 @@ class ChunkedLogProbability(torch.autograd.Function):
         logprob_M, entropy_M = hidden_MD.new_empty(len(token_M)), hidden_MD.new_empty(len(token_M))
         for chunk in _chunks(len(token_M), len(weight_VD)):
             kept = None if kept_MV is None else kept_MV[chunk]
-            log_probability_MV = _log_probabilities(hidden_MD[chunk], low_weight, temperature, kept)
-            logprob_M[chunk] = log_probability_MV.gather(1, token_M[chunk].unsqueeze(1)).squeeze(1)
-            entropy_M[chunk] = -(log_probability_MV.exp() * log_probability_MV.clamp_min(MIN_LOG)).sum(dim=-1)
+            score_MV = _scores(hidden_MD[chunk], low_weight, temperature, kept)
+            total_M1 = score_MV.logsumexp(dim=-1, keepdim=True)
+            logprob_M[chunk] = (score_MV.gather(1, token_M[chunk].unsqueeze(1)) - total_M1).squeeze(1)
+            # Entropy is log Z - E[score]: one pass of exponentials, and none over their logarithms.
+            mean_M = torch.linalg.vecdot((score_MV - total_M1).exp_(), score_MV)
+            entropy_M[chunk] = total_M1.squeeze(1) - mean_M
         ctx.save_for_backward(hidden_MD, weight_VD, token_M)
         ctx.temperature, ctx.dtype, ctx.kept_MV = temperature, dtype, kept_MV
         ctx.mark_non_differentiable(entropy_M)
@@ -221,9 +224,9 @@ class ChunkedLogProbability(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD)
         for chunk in _chunks(len(token_M), len(weight_VD)):
             kept = None if ctx.kept_MV is None else ctx.kept_MV[chunk]
-            grad_logit = _log_probabilities(hidden_MD[chunk], low_weight, ctx.temperature, kept).exp_().neg_()
-            grad_logit.scatter_add_(1, token_M[chunk].unsqueeze(1), grad_logit.new_ones(len(grad_logit), 1))
-            low_grad = (grad_logit * (grads[0][chunk] / ctx.temperature).unsqueeze(1)).to(ctx.dtype)
+            score_MV = _scores(hidden_MD[chunk], low_weight, ctx.temperature, kept)
+            cross_entropy_rows_(score_MV, token_M[chunk])  # the scores have become softmax - onehot
+            low_grad = score_MV.mul_((-grads[0][chunk] / ctx.temperature).unsqueeze(1)).to(ctx.dtype)
             grad_hidden[chunk] = torch.mm(low_grad, low_weight).to(hidden_MD.dtype)
             grad_weight += torch.mm(low_grad.t(), hidden_MD[chunk].to(ctx.dtype)).to(weight_VD.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -247,13 +250,12 @@ def token_log_probabilities(
     )
 
 
-def _log_probabilities(
-    hidden_MD: Tensor, low_weight: Tensor, temperature: float, kept_MV: Tensor | None = None
-) -> Tensor:
-    logit_MV = torch.mm(hidden_MD.to(low_weight.dtype), low_weight.t()).to(hidden_MD.dtype)
-    if kept_MV is not None:
-        logit_MV = logit_MV.masked_fill(~kept_MV, -torch.inf)
-    return (logit_MV / temperature).log_softmax(dim=-1)
+def _scores(hidden_MD: Tensor, low_weight: Tensor, temperature: float, kept_MV: Tensor | None) -> Tensor:
+    """Logits over temperature in the dtype of the hidden states; what no sampler could draw is far below all others."""
+    score_MV = torch.mm(hidden_MD.to(low_weight.dtype), low_weight.t()).to(hidden_MD.dtype)
+    if temperature != 1:
+        score_MV.div_(temperature)
+    return score_MV if kept_MV is None else score_MV.masked_fill_(~kept_MV, RULED_OUT)
 
 
 def _chunks(num_rows: int, vocabulary: int) -> list[slice]:
