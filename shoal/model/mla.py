@@ -9,6 +9,7 @@ the same numbers (`tests/model/test_mla.py`).
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shoal.config import ModelConfig
 from shoal.kernels.heads import expand_keys, rotate_tails
@@ -44,6 +45,8 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(num_heads * config.v_head_dim, hidden, after_attention=True)
         yarn = config.rope_scaling
         self.softmax_scale = config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0)
+        self.recompute = False
+        """Keep the latents for backward, and compute what comes from them again (DeepSeek-V3 §3.2.3)."""
 
     def forward(
         self,
@@ -60,23 +63,32 @@ class LatentAttention(nn.Module):
             rotation_BSP: complex rotations of these positions.
             visibility: what each new position may look at.
         """
-        query_BSHQ = self._queries(x_BSD, rotation_BSP)
-        entry_BSW = self._latents(x_BSD, rotation_BSP)
+        source = x_BSD if self.config.q_lora_rank is None else self.q_a_proj(x_BSD)
+        down_BSW = self.kv_a_proj_with_mqa(x_BSD)
+        if cache is None and self.recompute and torch.is_grad_enabled():
+            mixed_BSX = checkpoint(self._mixed, source, down_BSW, rotation_BSP, visibility, use_reentrant=False)
+            return self.o_proj(mixed_BSX)
         if cache is None:
-            return self._expanded(query_BSHQ, entry_BSW, visibility)
+            return self.o_proj(self._mixed(source, down_BSW, rotation_BSP, visibility))
+        query_BSHQ, entry_BSW = self._queries(source, rotation_BSP), self._latents(down_BSW, rotation_BSP)
         cached_BTW = cache.append(self.layer, entry_BSW, position_BS).to(x_BSD.dtype)
         if x_BSD.shape[1] <= ABSORB_UP_TO_QUERIES:
             return self._absorbed(query_BSHQ, cached_BTW, visibility)
-        return self._expanded(query_BSHQ, cached_BTW, visibility)
+        return self.o_proj(self._expanded(query_BSHQ, cached_BTW, visibility))
 
-    def _queries(self, x_BSD: Tensor, rotation_BSP: Tensor) -> Tensor:
-        """Queries `[B, S, H, N + R]`, the rotary part turned."""
+    def _mixed(self, source: Tensor, down_BSW: Tensor, rotation_BSP: Tensor, visibility: Visibility) -> Tensor:
+        """From the products of the down projections to the mixed values of all heads: norms, up projections, attention.
+
+        Differs from the paper: with `recompute`, the attention core runs again too, since its backward wants the keys and
+        values that would otherwise have to be kept.
+        """
+        query_BSHQ = self._queries(source, rotation_BSP)
+        return self._expanded(query_BSHQ, self._latents(down_BSW, rotation_BSP), visibility)
+
+    def _queries(self, source: Tensor, rotation_BSP: Tensor) -> Tensor:
+        """Queries `[B, S, H, N + R]`, the rotary part turned; from the query latent where there is one."""
         config = self.config
-        flat = (
-            self.q_proj(x_BSD)
-            if config.q_lora_rank is None
-            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        )
+        flat = self.q_proj(source) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(source))
         query_BSHQ: Tensor = flat.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         turned_BSHQ = rotate_tails(query_BSHQ, rotation_BSP, config.qk_nope_head_dim)
         if turned_BSHQ is not None:
@@ -84,27 +96,24 @@ class LatentAttention(nn.Module):
         plain_BSHN, rotary_BSHR = query_BSHQ.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return torch.cat([plain_BSHN, rotate_interleaved(rotary_BSHR, rotation_BSP)], dim=-1)
 
-    def _latents(self, x_BSD: Tensor, rotation_BSP: Tensor) -> Tensor:
+    def _latents(self, down_BSW: Tensor, rotation_BSP: Tensor) -> Tensor:
         """What the cache keeps: normed latent and rotated shared key, `[B, S, C + R]`."""
-        latent_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
-            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
-        )
+        latent_BSC, key_BSR = down_BSW.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         key_BSR = rotate_interleaved(key_BSR.unsqueeze(2), rotation_BSP).squeeze(2)
         return torch.cat([self.kv_a_layernorm(latent_BSC), key_BSR], dim=-1)
 
     def _expanded(self, query_BSHQ: Tensor, cached_BTW: Tensor, visibility: Visibility) -> Tensor:
-        """Multiply the latents up to keys and values, then ordinary multi-head attention."""
+        """Multiply the latents up to keys and values, then ordinary multi-head attention: `[B, S, H * U]`."""
         config = self.config
         latent_BTC, key_BTR = cached_BTW.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         up_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
         expanded = expand_keys(up_BTHX, key_BTR, config.qk_nope_head_dim)
         if expanded is not None:
-            return self.o_proj(attend(query_BSHQ, *expanded, visibility, self.softmax_scale).flatten(2))
+            return attend(query_BSHQ, *expanded, visibility, self.softmax_scale).flatten(2)
         plain_BTHN, value_BTHU = up_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         rotary_BTHR = key_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         key_BTHQ = torch.cat([plain_BTHN, rotary_BTHR], dim=-1)
-        mixed_BSHU = attend(query_BSHQ, key_BTHQ, value_BTHU, visibility, self.softmax_scale)
-        return self.o_proj(mixed_BSHU.flatten(2))
+        return attend(query_BSHQ, key_BTHQ, value_BTHU, visibility, self.softmax_scale).flatten(2)
 
     def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, visibility: Visibility) -> Tensor:
         """Attend to the latents themselves: the key up-projection goes into the query, the value one into the output."""
@@ -123,3 +132,10 @@ class LatentAttention(nn.Module):
         weight_BSHT = score_BSHT.masked_fill(~mask_BST.unsqueeze(2), float("-inf")).softmax(dim=-1)
         mixed_BSHC = torch.einsum("bsht,btc->bshc", weight_BSHT, cached_BTW[..., : config.kv_lora_rank])
         return self.o_proj(torch.einsum("bshc,huc->bshu", mixed_BSHC, value_up_HUC).flatten(2))
+
+
+def set_recompute(model: nn.Module, recompute: bool) -> None:
+    """Let every latent attention of `model` keep only its latents for backward, or everything."""
+    for module in model.modules():
+        if isinstance(module, LatentAttention):
+            module.recompute = recompute

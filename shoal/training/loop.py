@@ -20,6 +20,7 @@ from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
 from shoal.model.layers import compute_dtype, set_compute_dtype, set_fp8
 from shoal.model.load_balance import max_violation
+from shoal.model.mla import set_recompute
 from shoal.model.transformer import Transformer
 from shoal.quant.fp8_recipe import Fp8Recipe
 from shoal.text.packing import Batch
@@ -62,6 +63,8 @@ class TrainingConfig:
     """Of matrix products; "auto" takes bf16 where the processor multiplies it faster."""
     fp8: Fp8Recipe = field(default_factory=Fp8Recipe)
     """Switches of precision "fp8"; emulated where the device has no FP8 units."""
+    recompute: bool = False
+    """Keep only the latents of latent attention for backward: less memory, its norms, up projections and core twice."""
     compile: bool = False
     """Compile the decoder layers with torch.compile; pays on long runs."""
     seed: int = 0
@@ -143,6 +146,7 @@ class _Training:
         device = self.model.embed_tokens.weight.device
         set_compute_dtype(self.model, compute_dtype(self.config.precision, device))
         set_fp8(self.model, self.config.fp8 if self.config.precision == "fp8" else None)
+        set_recompute(self.model, self.config.recompute)
         if self.config.compile:
             for layer in self.model.layers:
                 layer.compile()
