@@ -1,7 +1,7 @@
 """Verbs of the training room: `shoal pretrain`, `shoal sft`, `shoal eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -22,6 +22,9 @@ def pretrain(
         list[str] | None, typer.Option("--set", help="Override a setting, key=value; may be repeated.")
     ] = None,
     text_key: Annotated[str, typer.Option(help="Field that holds the text in JSON lines and Parquet.")] = "text",
+    precision: Annotated[
+        str, typer.Option(help="Of matrix products: auto, fp32, bf16, or fp8 (emulated without FP8 units).")
+    ] = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Pretrain a small model on your own text and measure it on the held-out last tenth.
@@ -31,7 +34,10 @@ def pretrain(
     from shoal.log import print_json
     from shoal.recipes.text import run_text, text_config
 
-    config = text_config(recipe, variant=variant, overrides=set_ or [])
+    if TYPE_CHECKING:
+        from shoal.training.loop import Precision
+
+    config = text_config(recipe, variant=variant, overrides=set_ or [], precision=cast("Precision", precision))
     result = run_text(run_dir, data, config, text_key=text_key)
     if json_output:
         print_json(result)

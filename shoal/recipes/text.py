@@ -24,7 +24,7 @@ from shoal.text.loader import Loader, evaluation_batches
 from shoal.text.shards import Shards, ShardWriter
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.evaluate import Evaluation, evaluate, token_byte_lengths
-from shoal.training.loop import TrainingConfig, train
+from shoal.training.loop import Precision, TrainingConfig, train
 from shoal.training.loss import LossWeights
 from shoal.training.optimizer import OptimizerConfig
 from shoal.training.schedule import Schedule
@@ -46,7 +46,9 @@ class TextConfig:
     variants: tuple[str, ...] = ("moe",)
 
 
-def text_config(recipe: str, *, variant: str = "moe", overrides: list[str]) -> TextConfig:
+def text_config(
+    recipe: str, *, variant: str = "moe", overrides: list[str], precision: Precision = "auto"
+) -> TextConfig:
     """The recipe `text`, with `key=value` overrides of the whole numbers and fractions in `SETTINGS`.
 
     Raises:
@@ -87,6 +89,7 @@ def text_config(recipe: str, *, variant: str = "moe", overrides: list[str]) -> T
         schedule=Schedule(kind="wsd", warmup_steps=min(20, int(0.4 * steps)), total_steps=steps, decay_fraction=0.6),
         weights=LossWeights(mtp=0.0),
         bias_speed=3e-3,
+        precision=precision,
         seed=int(values["seed"]),
         log_every=5,
         evaluate_every=max(1, steps // 4),

@@ -34,6 +34,8 @@ from shoal.training.step import StepResult, train_step
 SPEED_PROBE_STEPS = 3
 """Steps timed before the estimate is printed."""
 
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+
 
 class BatchSource(Protocol):
     """What the loop needs of a loader."""
@@ -59,7 +61,7 @@ class TrainingConfig:
     """Step of the balance bias (gamma); published 0.001, larger for short runs."""
     bias_freeze_fraction: float = 0.0
     """Share of the last steps in which the bias stands still (published: the last 500B of 14.8T tokens)."""
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    precision: Precision = "auto"
     """Of matrix products; "auto" takes bf16 where the processor multiplies it faster."""
     fp8: Fp8Recipe = field(default_factory=Fp8Recipe)
     """Switches of precision "fp8"; emulated where the device has no FP8 units."""

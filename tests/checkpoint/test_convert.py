@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from shoal.checkpoint.convert import convert, units_of
+from shoal.checkpoint.hf_config import config_to_hf
 from shoal.checkpoint.hf_format import load_config, load_model, save_model
 from shoal.checkpoint.quantised import Scheme, quantization_config
 from shoal.checkpoint.tensor_file import TensorFile
@@ -253,6 +254,43 @@ def test_units_cover_every_published_tensor_once(source):
     with_repeats = {key for path in source.glob("*.safetensors") for key in TensorFile(path).specs}
     assert len(keys) == len(set(keys)) and set(keys) == with_repeats
     assert load_config(source) == CONFIG
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from shoal.checkpoint.convert import convert
+from shoal.checkpoint.hf_format import load_config
+from shoal.checkpoint.quantised import Scheme
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peaks = [peak()]
+convert(source, target, load_config(source), Scheme(weights="int8"), command="x", done=lambda unit: peaks.append(peak()))
+print(peaks[-1] - peaks[0])
+"""
+
+
+def test_memory_is_bounded_by_a_tensor_and_not_by_the_model(tmp_path):
+    """Weights are holes in a sparse file: 0.2 GB that take no disk. One tensor in float32 is 17 MB."""
+    config = CONFIG.replace(
+        hidden_size=512, intermediate_size=8192, num_hidden_layers=8, n_routed_experts=None, num_nextn_predict_layers=0
+    )
+    header, offset = {}, 0
+    for unit in units_of(config):
+        for key, shape in unit.shapes.items():
+            size = 2 * torch.Size(shape).numel()
+            header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+    text = json.dumps(header).encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config_to_hf(config)))
+    with (tmp_path / "in" / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "in"), str(tmp_path / "out")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    assert offset > 200e6 and grown < 150e6
 
 
 WRITER = """
