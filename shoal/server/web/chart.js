@@ -6,7 +6,7 @@ import { rounded } from "./facts.js";
 const WIDTH = 340;
 const HEIGHT = 190;
 const LEFT = 46;
-const RIGHT = 14;
+const RIGHT = 16;
 const TOP = 10;
 const BOTTOM = 26;
 const MAX_POINTS = 400;
