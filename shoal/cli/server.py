@@ -42,6 +42,9 @@ def serve(
     requests_per_minute: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Per key, unless the key has its own.")] = None,
     access_log: Annotated[bool, typer.Option(help="A JSON line per request on standard error, without texts.")] = False,
+    runs_dir: Annotated[
+        Path | None, typer.Option(help="Runs to show on the page; default: those around the model, on 127.0.0.1 only.")
+    ] = None,
     profile: Annotated[
         str, typer.Option(help="Rules for reasoning: lenient, r1 or current (docs/serving.md).")
     ] = "lenient",
@@ -85,6 +88,7 @@ def serve(
         limits=limits_from(limit or []),
         profile=profile,
         access_log=access_log,
+        runs_dir=runs_dir,
         drain_s=drain_s,
     )
     serve_model(model, options)

@@ -34,6 +34,7 @@ from shoal.server.openapi import document
 from shoal.server.plan_pages import plan_router
 from shoal.server.responses import ResponseMemory, ResponsesAnswer
 from shoal.server.responses_schemas import ResponsesRequest
+from shoal.server.run_pages import runs_router
 from shoal.server.schemas import ChatRequest, DetokenizeRequest, TextRequest, TokenizeRequest
 from shoal.server.streaming import Answer, respond
 from shoal.server.turn import prompt_of
@@ -49,6 +50,8 @@ class ServerOptions:
 
     access: Access = field(default_factory=Access)
     access_log: bool = False
+    runs_dir: Path | None = None
+    """Shown on the Runs page; None shows none."""
 
 
 def build_app(served: ServedModel, options: ServerOptions | None = None) -> FastAPI:
@@ -79,6 +82,8 @@ def build_app(served: ServedModel, options: ServerOptions | None = None) -> Fast
     _add_errors(app)
     _add_pages(app, served)
     app.include_router(plan_router())
+    if options.runs_dir is not None:
+        app.include_router(runs_router(options.runs_dir))
     _add_state(app, served, metrics)
     _add_models(app, served)
     _add_tokens(app, served)

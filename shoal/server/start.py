@@ -51,6 +51,8 @@ class ServeOptions:
     limits: RequestLimits = field(default_factory=RequestLimits)
     profile: str = "lenient"
     access_log: bool = False
+    runs_dir: Path | None = None
+    """What the Runs page shows; None: the runs around the model, where nobody else can reach the server."""
     drain_s: int = 30
     """After SIGTERM: how long running answers may go on."""
 
@@ -68,7 +70,8 @@ def serve_model(path: Path | None, options: ServeOptions) -> None:
     served = served_model(loaded, options)
     served.prices = load_prices(options.prices) if options.prices else PRICES
     served.ledger = Ledger(options.ledger, served.prices) if options.ledger else None
-    app = build_app(served, ServerOptions(access=access, access_log=options.access_log))
+    runs_dir = options.runs_dir or (runs_around(loaded.path) if _is_loopback(options.host) else None)
+    app = build_app(served, ServerOptions(access=access, access_log=options.access_log, runs_dir=runs_dir))
     config = uvicorn.Config(
         app,
         host=options.host,
@@ -115,6 +118,15 @@ def served_model(loaded: LoadedModel, options: ServeOptions) -> ServedModel:
         limits=options.limits,
         profile=options.profile,
     )
+
+
+def runs_around(model_dir: Path) -> Path:
+    """The run that a model belongs to, or the folder `runs` that this run lies in; `runs` here for a model without a run."""
+    model_dir = model_dir.resolve()
+    for directory in (model_dir, *model_dir.parents[:2]):
+        if any((directory / name).is_file() for name in ("metrics.jsonl", "stages.json")):
+            return directory.parent if directory.parent.name == "runs" else directory
+    return Path("runs")
 
 
 def made_anew(engine: Engine | ServingEngine) -> Engine | ServingEngine:
