@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO_FLAGS := $(if $(QUICK),--quick --run-dir runs/demo-quick) $(if $(NO_SERVE),--no-serve)
 
-.PHONY: setup demo test lint bench docs clean
+.PHONY: setup demo test lint bench docs sanitize clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/train.py --output benchmarks/results/train.json
+
+# The kernels under the address and undefined-behaviour sanitisers, through the tests that fuzz them.
+sanitize: setup
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  SHOAL_KERNELS=sanitize $(BIN)/python -m pytest -q tests/kernels tests/engine/test_runner.py
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

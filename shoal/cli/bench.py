@@ -29,11 +29,11 @@ def bench_decode(
     """
     from shoal.log import print_json
     from shoal.recipes.bench import bench_decode as measure
-    from shoal.recipes.bench import load_packed
+    from shoal.recipes.bench import load_packed, published
 
     result = measure(load_packed(model, preset, weights, context + 512), batch=batch, context=context)
     if json_output:
-        print_json(result)
+        print_json(published(result))
 
 
 @bench_app.command("prefill")
@@ -50,11 +50,11 @@ def bench_prefill(
     """
     from shoal.log import print_json
     from shoal.recipes.bench import bench_prefill as measure
-    from shoal.recipes.bench import load_packed
+    from shoal.recipes.bench import load_packed, published
 
     result = measure(load_packed(model, preset, weights, tokens), tokens=tokens)
     if json_output:
-        print_json(result)
+        print_json(published(result))
 
 
 @bench_app.command("cache")

@@ -7,16 +7,18 @@ are cut into heads for the absorbed form; gate and up projections alternate pane
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoal.config import ModelConfig
-from shoal.engine.codes import Weight, floats, halves, joined, quantised, rows
+from shoal.engine.codes import INT4_GROUP, Weight, floats, halves, joined, quantised, rows
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
-from shoal.kernels.packed import Codes, MatrixStruct, Packed, absent, pack, pack_gated
+from shoal.kernels.huge_pages import WeightMemory
+from shoal.kernels.packed import INT8_GROUP, Codes, MatrixStruct, Packed, absent, pack, pack_gated, random_packed
 from shoal.model.mla import LATENT_NORM_EPS
 from shoal.model.rope import rotation_table
 
@@ -111,7 +113,7 @@ class PackedModel:
     """Packed weights of one model, ready to run.
 
     Args:
-        source: weights by name.
+        source: weights by name; a matrix on the meta device stands for random codes of its shape.
         format_name: of all matrices but the router, which stays float32: a flipped expert is a large error.
         head_format: of the output head; default `format_name`.
         latent_format: of the absorbed key and value up-projections; default `format_name`.
@@ -136,6 +138,7 @@ class PackedModel:
         self._latent_format = latent_format or format_name
         self._kept: list[Any] = []
         """Everything the C structures point to."""
+        self._memory = WeightMemory()
         self.weight_bytes = 0
         embedding_VD = source("embed_tokens.weight")
         head_VD = embedding_VD if config.tie_word_embeddings else source("lm_head.weight")
@@ -143,7 +146,7 @@ class PackedModel:
         layers = (_LayerStruct * config.num_hidden_layers)(
             *(self._layer(source, index) for index in range(config.num_hidden_layers))
         )
-        head = self._add(quantised(head_VD, head_format or format_name, group))
+        head = self._matrix(head_VD, head_format)
         self._struct = self._model(source, layers, head, max_positions)
         kernels = library()
         assert kernels is not None
@@ -245,8 +248,8 @@ class PackedModel:
         config = self.config
         up_HXC = up_XC.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_HNC, value_HUC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        formats = (self._latent_format, self.group)
-        return self._add(quantised(key_HNC.transpose(1, 2), *formats)), self._add(quantised(value_HUC, *formats))
+        key_up = self._matrix(key_HNC.transpose(1, 2), self._latent_format)
+        return key_up, self._matrix(value_HUC, self._latent_format)
 
     def _feed_forward(self, layer: _LayerStruct, source: WeightSource, index: int) -> None:
         config, name = self.config, f"layers.{index}.mlp."
@@ -264,17 +267,31 @@ class PackedModel:
             layer.shared_gate_up = self._gated(source(name + "shared_experts.gate_up_proj.weight"))
             layer.shared_down = self._matrix(source(name + "shared_experts.down_proj.weight"))
 
-    def _matrix(self, weight: Weight) -> MatrixStruct:
-        return self._add(quantised(weight, self.format, self.group))
+    def _matrix(self, weight: Weight, format_name: str | None = None) -> MatrixStruct:
+        if isinstance(weight, Tensor) and weight.is_meta:
+            return self._random(weight, format_name or self.format)
+        return self._add(quantised(weight, format_name or self.format, self.group))
 
     def _gated(self, gate_up: Weight) -> MatrixStruct:
+        if isinstance(gate_up, Tensor) and gate_up.is_meta:
+            return self._random(gate_up, self.format)
         gate, up = (quantised(half, self.format, self.group) for half in halves(gate_up))
         return self._store(pack_gated(gate, up))
+
+    def _random(self, weight: Tensor, format_name: str) -> MatrixStruct:
+        """Codes nobody computed, for measuring speed without quantising first."""
+        group = INT8_GROUP if format_name == "int8" else self.group or INT4_GROUP
+        shape = weight.shape if weight.dim() == 3 else (1, *weight.shape)
+        return self._hold(random_packed(format_name, group, shape, self._memory.empty))
 
     def _add(self, codes: Codes) -> MatrixStruct:
         return self._store(pack(codes))
 
     def _store(self, packed: Packed) -> MatrixStruct:
+        data, scale = self._memory.copy(packed.data), self._memory.copy(packed.scale)
+        return self._hold(replace(packed, data=data, scale=scale))
+
+    def _hold(self, packed: Packed) -> MatrixStruct:
         self._kept.append(packed)
         self.weight_bytes += packed.num_bytes
         return packed.struct()

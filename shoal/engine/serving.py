@@ -32,6 +32,7 @@ from shoal.engine.scheduler import Found, Scheduler, Sequence, Work
 from shoal.engine.speculation_gauge import Way
 from shoal.engine.speculative import Speculation
 from shoal.errors import RequestError
+from shoal.kernels.huge_pages import WeightMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +347,7 @@ def _empty_pool(model: PackedModel, num_layers: int, cache_bytes: int) -> Tensor
     dtype = torch.float32 if model.format == "f32" else torch.bfloat16
     page_bytes = num_layers * UNIT_TOKENS * model.config.cache_width * dtype.itemsize
     num_pages = max(cache_bytes // page_bytes, 2)
-    return torch.zeros(num_layers, num_pages, UNIT_TOKENS, model.config.cache_width, dtype=dtype)
+    return WeightMemory().empty((num_layers, num_pages, UNIT_TOKENS, model.config.cache_width), dtype)
 
 
 def _sample(work: Work) -> Sample:

@@ -5,6 +5,7 @@ weights that the packed bytes stand for, which is what tests compare a kernel wi
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,48 @@ def pack_gated(gate: Codes, up: Codes) -> Packed:
         scale = torch.stack([first.scale, second.scale], dim=2).flatten(1, 2).contiguous()
     panels = data.shape[1]
     return Packed(gate.format, gate.group, panels * LANES, first.cols, data, scale)
+
+
+RANDOM_BYTES = 1 << 24
+"""Random codes repeat after this many bytes: more than a processor keeps."""
+
+
+def random_packed(
+    format_name: str, group: int, shape: Sequence[int], empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+) -> Packed:
+    """A stack of matrices `[count, rows, cols]` whose codes are random bits and whose weights have a deviation near 0.02.
+
+    For measuring speed at sizes where quantising real weights would take longer than the measurement. Panels come from
+    `empty`, so that they may lie in memory of a special kind.
+    """
+    count, rows, cols = shape
+    panels, width = -(-rows // LANES), padded_columns(format_name, group, cols)
+    bits = {"f32": 32, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4}[format_name]
+    data = empty((count, panels, width * LANES * bits // 8), torch.uint8)
+    pattern = torch.randint(-(2**62), 2**62, (RANDOM_BYTES // 8,), generator=torch.Generator().manual_seed(0))
+    pattern = _plausible(format_name, pattern.view(torch.uint8))
+    for part in data.view(-1).split(RANDOM_BYTES):
+        part.copy_(pattern[: len(part)])
+    if format_name == "int8":
+        scale = empty((count, panels, LANES), torch.float32).fill_(0.02 / 74)
+    elif format_name == "int4":
+        scale = empty((count, panels, width // group * LANES), torch.bfloat16).fill_(0.02 / 4.6)
+    elif format_name == "fp8":
+        scale = empty((count, panels, -(-cols // FP8_BLOCK)), torch.float32).fill_(0.02 / 0.6)
+    else:
+        scale = torch.empty(0)
+    return Packed(format_name, group, rows, cols, data, scale)
+
+
+def _plausible(format_name: str, pattern: Tensor) -> Tensor:
+    """Random bytes with exponents of ordinary weights, where a format has exponents."""
+    if format_name == "fp8":
+        return pattern & 0x9F | 0x20
+    if format_name == "bf16":
+        return (pattern.view(torch.int16) & ~0x7F00 | 0x3C00).view(torch.uint8)
+    if format_name == "f32":
+        return (pattern.view(torch.int32) & ~0x7F000000 | 0x3C000000).view(torch.uint8)
+    return pattern
 
 
 def linear(packed: Packed, x_MD: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shoal.config import YarnConfig
 from shoal.engine.packed_model import PackedModel
@@ -98,6 +100,34 @@ def test_a_sequence_gives_the_same_bits_alone_and_among_others(dtype):
         alone = cache_of(model, runner, 1)
         assert torch.equal(runner.prefill([prompt], alone)[0], logits[0][row])
         assert torch.equal(runner.decode(tokens[row : row + 1], position[row : row + 1], alone)[0], logits[1][row])
+
+
+@torch.no_grad()
+@settings(max_examples=12, deadline=None)
+@given(
+    heads=st.integers(1, 18),
+    latent=st.sampled_from([16, 48]),
+    experts=st.integers(2, 9),
+    width=st.integers(1, 40),
+    crowded=st.booleans(),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+)
+def test_odd_shapes_and_crowded_or_empty_experts_agree_with_the_pytorch_model(
+    heads, latent, experts, width, crowded, lengths
+):
+    changes = {"num_attention_heads": heads, "kv_lora_rank": latent, "n_routed_experts": experts}
+    model = model_of({**changes, "moe_intermediate_size": width, "num_experts_per_tok": min(2, experts)})
+    if crowded:
+        for layer in model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias[:2] += 100.0
+    prompts = [[(7 * place + row) % 97 for place in range(length)] for row, length in enumerate(lengths)]
+    reference, fused = TransformerRunner(model), PackedRunner(model)
+    caches = [cache_of(model, runner, len(prompts)) for runner in (reference, fused)]
+    expected, got = (runner.prefill(prompts, cache) for runner, cache in zip((reference, fused), caches))
+    assert torch.allclose(got, expected, atol=1e-3, rtol=1e-3)
+    token, position = torch.arange(len(prompts)), torch.tensor(lengths)
+    expected, got = (r.decode(token, position, c) for r, c in zip((reference, fused), caches))
+    assert torch.allclose(got, expected, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()

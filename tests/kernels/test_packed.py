@@ -1,10 +1,14 @@
+import ctypes
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.kernels.cpu.build import library
-from shoal.kernels.packed import Codes, linear, pack, panel_scales
+from shoal.device import describe_machine
+from shoal.kernels import packed as packed_module
+from shoal.kernels.cpu.build import NEEDED, build, library
+from shoal.kernels.packed import Codes, Packed, linear, pack, panel_scales, random_packed
 from shoal.quant import fp8, int4, int8
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the PyTorch path does this work")
@@ -85,3 +89,47 @@ def test_every_e4m3_code_is_decoded_exactly():
     weight[3, : len(finite)] = finite
     packed = pack(Codes("fp8", 1, weight.unsqueeze(0), torch.ones(1, 1, 2)))
     assert torch.equal(linear(packed, torch.eye(256))[: len(finite), 3], finite.float())
+
+
+def products_at(level):
+    """The product kernel alone at a level of instructions: a few seconds to compile, once."""
+    missing = NEEDED.get(level, set()) - set(describe_machine().instructions)
+    if missing:
+        pytest.skip(f"this processor lacks {', '.join(missing)}")
+    return ctypes.CDLL(str(build(level, ("packed_linear.cpp",))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["avx512", "avx2", "plain"])
+def test_every_level_of_instructions_gives_the_same_products(level, monkeypatch):
+    kernels = products_at(level)
+    monkeypatch.setattr(packed_module, "library", lambda: kernels)
+    generator = torch.Generator().manual_seed(7)
+    for name in FORMATS:
+        for rows, cols, inputs in ((1, 1, 1), (33, 70, 5), (80, 192, 37)):
+            weight = torch.randn(rows, cols, generator=generator)
+            x = torch.randn(inputs, cols, generator=generator)
+            codes, meant = codes_of(weight, name)
+            expected = rounded_inputs(x, name).double() @ meant.double().T
+            assert torch.allclose(linear(pack(codes), x).double(), expected, atol=3e-5 * cols**0.5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4", "fp8"])
+def test_random_codes_stand_for_weights_of_ordinary_size(name):
+    packed = random_packed(name, 64, (2, 48, 192), lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    real = pack(codes_of(torch.randn(48, 192), "int4-64" if name == "int4" else name)[0])
+    assert packed.data.shape[1:] == real.data.shape[1:] and packed.scale.shape[1:] == real.scale.shape[1:]
+    weight = linear(Packed(name, packed.group, 48, 192, packed.data[:1], packed.scale[:1]), torch.eye(192))
+    assert 0.005 < float(weight.std()) < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int8", "int4-32", "int4-64"])
+def test_tiles_give_the_bits_of_the_vector_unit(name, monkeypatch):
+    tiles = products_at("tiles")
+    generator = torch.Generator().manual_seed(8)
+    packed = pack(codes_of(torch.randn(70, 200, generator=generator), name)[0])
+    x = torch.randn(37, 200, generator=generator)
+    expected = linear(packed, x)
+    monkeypatch.setattr(packed_module, "library", lambda: tiles)
+    assert torch.equal(linear(packed, x), expected)

@@ -1,8 +1,12 @@
 """Compile the C++ kernels for this machine, once, and load them.
 
-The library is built with the machine's own compiler and instruction set (a second or two), kept in the user's cache under
-a name that is the hash of everything that went in, and loaded through ctypes. With no compiler, or when the build fails,
-the PyTorch reference does the work and one line says why. `SHOAL_KERNELS=off` forces that.
+The library is built with the machine's own compiler and instruction set (some seconds), kept in the user's cache under a
+name that is the hash of everything that went in, and loaded through ctypes. With no compiler, or when the build fails, the
+PyTorch reference does the work and one line says why.
+
+`SHOAL_KERNELS` forces a level: `avx512` (with VNNI and bfloat16 products), `avx2`, `plain` (what every x86-64 or ARM core
+has), `tiles` (the AMX path with plain loops for its instructions, for tests), `sanitize` (address and undefined-behaviour checks, for `make sanitize`) or `off`. One source serves all levels: vector
+types of 64 bytes, which the compiler splits where registers are shorter.
 """
 
 import ctypes
@@ -16,15 +20,34 @@ import tempfile
 from pathlib import Path
 
 from shoal.device import describe_machine
+from shoal.errors import ConfigError
 from shoal.log import say
 
 ABI_VERSION = 2
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.cpp", "forward.cpp", "linear.cpp", "experts.cpp", "head.cpp", "heads.cpp")
-HEADERS = ("simd.h", "packed.h", "latent_attention.h", "products.h", "cross_entropy.h")
+SOURCES = (
+    "kernels.cpp",
+    "linear.cpp",
+    "experts.cpp",
+    "head.cpp",
+    "heads.cpp",
+    "forward.cpp",
+    "packed_linear.cpp",
+    "sampling.cpp",
+)
+HEADERS = (
+    "simd.h",
+    "products.h",
+    "cross_entropy.h",
+    "packed.h",
+    "tiles.h",
+    "panel_products.h",
+    "latent_attention.h",
+    "model.h",
+    "routing.h",
+    "team.h",
+)
 FLAGS = (
-    "-O3",
-    "-march=native",
     "-std=c++17",
     "-shared",
     "-fPIC",
@@ -34,23 +57,58 @@ FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
 )
-BUILD_TIMEOUT_S = 120
+LEVELS: dict[str, tuple[str, ...]] = {
+    "native": ("-O3", "-march=native"),
+    "avx512": ("-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+    "avx2": ("-O3", "-march=x86-64-v3"),
+    "plain": ("-O3",),
+    "tiles": ("-O3", "-march=native", "-DSHOAL_EMULATED_TILES"),
+    "sanitize": ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+}
+NEEDED = {"avx512": {"avx512f", "avx512_vnni", "avx512_bf16"}, "avx2": {"avx2"}}
+"""What a processor must report before a level is loaded: another one would die of an illegal instruction."""
+BUILD_TIMEOUT_S = 300
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, built if need be; None where they cannot be had (said once)."""
+    return load_level(forced_level())
+
+
+def forced_level() -> str:
+    """What `SHOAL_KERNELS` asks for; `native` when it asks for nothing."""
+    return os.environ.get("SHOAL_KERNELS", "").lower() or "native"
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, built if need be; None where they cannot be had (said once)."""
-    if os.environ.get("SHOAL_KERNELS", "").lower() == "off":
+def load_level(level: str) -> ctypes.CDLL | None:
+    """The kernels of one level; None for `off`, and where they cannot be built or run (said once).
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    if level == "off":
+        return None
+    if level not in LEVELS:
+        raise ConfigError(f"SHOAL_KERNELS={level!r} is no level; use {', '.join(LEVELS)} or off, or leave it unset.")
+    missing = NEEDED.get(level, set()) - set(describe_machine().instructions)
+    if missing:
+        say(
+            f"cpu kernels {level!r} need {', '.join(sorted(missing))}, which this processor lacks; PyTorch does their work"
+        )
         return None
     try:
-        return _load(build())
+        return _load(build(level))
     except (OSError, subprocess.SubprocessError) as error:
         say(f"cpu kernels unavailable, PyTorch does their work (slower): {_reason(error)}")
         return None
 
 
-def build() -> Path:
+def build(level: str = "native", sources: tuple[str, ...] = SOURCES) -> Path:
     """Path of the compiled library, compiling when no cached one matches source, flags, compiler and processor.
+
+    Args:
+        sources: less than all of them, for a test that needs one kernel at many levels.
 
     Raises:
         OSError, subprocess.SubprocessError: no compiler, or it failed.
@@ -58,23 +116,24 @@ def build() -> Path:
     compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
-    target = cache_dir() / f"kernels-{kernels_digest()}.so"
+    target = cache_dir() / f"kernels-{len(sources)}-{kernels_digest(level)}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
-        command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(output)]
+        command = [compiler, *LEVELS[level], *FLAGS, *(str(FOLDER / name) for name in sources), "-o", str(output)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
         output.replace(target)
     return target
 
 
-def kernels_digest() -> str:
+def kernels_digest(level: str | None = None) -> str:
     """Digest of everything that decides the kernels' results: source, flags, compiler, processor."""
     sources = [(FOLDER / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
     machine = describe_machine()
-    identity = (sources, FLAGS, _compiler(), platform.machine(), machine.processor, machine.instructions)
+    flags = (*LEVELS.get(level or forced_level(), ()), *FLAGS)
+    identity = (sources, flags, _compiler(), platform.machine(), machine.processor, machine.instructions)
     return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 

@@ -7,11 +7,11 @@
 
 #pragma once
 
-#include "packed.h"
+#include "simd.h"
 
 namespace shoal {
 
-constexpr int64_t CHUNK = 128;  // positions; a multiple of every page size below it
+constexpr int64_t CHUNK = 64;  // positions whose scores, weights and entries stay near the core
 constexpr int64_t TILE = 8;     // positions scored together
 
 // Where the entries of one layer lie: position t of a sequence is on page table[t / page_tokens].
@@ -34,6 +34,19 @@ inline Lanes dot_step(Lanes acc, const T* panel, const T* x) {
         return acc + lanes(panel) * x[0];
 }
 
+// Queries of up to 16 heads, `heads` rows of `width` numbers, as a panel [width / PACK][16][PACK]; missing heads are zero.
+template <typename T>
+inline void pack_queries(const T* query, int64_t heads, int64_t width, T* panel) {
+    const int64_t words = width / PACK<T>;
+    for (int64_t k = 0; k < words; k += LANES) {
+        IntLanes row[LANES] = {};
+        const int64_t valid = std::min(LANES, words - k);
+        for (int64_t h = 0; h < heads; ++h) std::memcpy(&row[h], query + h * width + k * PACK<T>, valid * 4);
+        transpose(row);
+        std::memcpy(panel + k * LANES * PACK<T>, row, valid * sizeof(IntLanes));
+    }
+}
+
 // Softmax numerator of 16 heads over part of the context.
 struct Partial {
     Lanes top, sum;
@@ -53,6 +66,9 @@ inline void chunk_scores(const PagedEntries<T>& cache, const T* panel, int64_t s
         const int64_t tile = std::min(TILE, count - t);
         const T* entry[TILE];
         for (int64_t i = 0; i < TILE; ++i) entry[i] = cache.at(start + t + std::min(i, tile - 1));
+        // Entries lie apart in rows of about a kilobyte: too short for the hardware to notice, so the next ones are asked for.
+        for (int64_t i = TILE; t + i < count && i < 2 * TILE; ++i)
+            for (int64_t k = 0; k < cache.width; k += 64 / static_cast<int64_t>(sizeof(T))) prefetch(cache.at(start + t + i) + k);
         Lanes acc[TILE] = {};
         for (int64_t k = 0; k < cache.width; k += PACK<T>)
             for (int64_t i = 0; i < TILE; ++i) acc[i] = dot_step(acc[i], panel + k * LANES, entry[i] + k);
@@ -96,17 +112,18 @@ inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t s
     Lanes top = lanes(s.score[0]);
     for (int64_t t = 1; t < count; ++t) top = max_lanes(top, lanes(s.score[t]));
     Lanes sum = {};
-    for (int64_t t = 0; t < count; ++t) {
-        const Lanes weight = exp_lanes(lanes(s.score[t]) - top);
-        sum += weight;
-        if constexpr (sizeof(T) == 2)
-            for (int64_t h = 0; h < LANES; ++h) s.weight[(t & ~1) * LANES + 2 * h + (t & 1)] = to_bf16(weight[h]);
-        else
-            put(s.weight + t * LANES, weight);
+    for (int64_t t = 0; t < count; t += PACK<T>) {
+        const Lanes first = exp_lanes(lanes(s.score[t]) - top);
+        sum += first;
+        if constexpr (sizeof(T) == 2) {
+            const Lanes second = t + 1 < count ? exp_lanes(lanes(s.score[t + 1]) - top) : Lanes{};
+            sum += second;
+            const IntLanes both = paired(first, second);
+            std::memcpy(s.weight + t * LANES, &both, sizeof both);
+        } else {
+            put(s.weight + t * LANES, first);
+        }
     }
-    if constexpr (sizeof(T) == 2)
-        if (count & 1)
-            for (int64_t h = 0; h < LANES; ++h) s.weight[(count - 1) * LANES + 2 * h + 1] = 0;
     out.top = top;
     out.sum = sum;
     if (heads <= 4)
@@ -117,11 +134,11 @@ inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t s
         mix_columns<T, 16>(cache, s.weight, start, count, latent, out.mixed);
 }
 
-// Fold `part` into `total`.
-inline void merge(Partial& total, const Partial& part, int64_t latent, int64_t heads) {
+// Fold heads [first, last) of `part` into `total`.
+inline void merge(Partial& total, const Partial& part, int64_t latent, int64_t first, int64_t last) {
     const Lanes top = max_lanes(total.top, part.top);
     const Lanes keep = exp_lanes(total.top - top), add = exp_lanes(part.top - top);
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = first; h < last; ++h) {
         float* to = total.mixed + h * latent;
         const float* from = part.mixed + h * latent;
         for (int64_t c = 0; c < latent; c += LANES) put(to + c, lanes(to + c) * keep[h] + lanes(from + c) * add[h]);

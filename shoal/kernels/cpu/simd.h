@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -68,6 +68,10 @@ inline Lanes lanes(const float* p) { return *reinterpret_cast<const Lanes*>(p); 
 inline void put(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
 inline IntLanes int_lanes(const void* p) { return *reinterpret_cast<const IntLanes*>(p); }
 inline Lanes to_lanes(IntLanes v) { return __builtin_convertvector(v, Lanes); }
+template <typename V>
+inline void grow(V& v, int64_t size) {
+    if (static_cast<int64_t>(v.size()) < size) v.resize(size);
+}
 inline int64_t padded(int64_t count, int64_t grain = LANES) { return (count + grain - 1) / grain * grain; }
 
 inline Lanes max_lanes(Lanes a, Lanes b) { return a > b ? a : b; }
@@ -118,11 +122,59 @@ inline Lanes dot_pairs(Lanes acc, IntLanes w, int32_t x) {
 inline IntLanes dot_bytes(IntLanes acc, IntLanes w, int32_t x) {
 #if defined(__AVX512VNNI__)
     return (IntLanes)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+    // Products of 16 bits, because those of bytes saturate: even bytes, then odd ones.
+    const __m256i even = _mm256_set1_epi32((static_cast<int8_t>(x) & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(static_cast<int8_t>(x >> 16)) << 16));
+    const __m256i odd = _mm256_set1_epi32((static_cast<int8_t>(x >> 8) & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(static_cast<int8_t>(x >> 24)) << 16));
+    const __m256i mask = _mm256_set1_epi32(0x00FF00FF);
+    __m256i part[2];
+    std::memcpy(part, &w, sizeof part);
+    for (__m256i& bytes : part)
+        bytes = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(bytes, mask), even), _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(bytes, 8), mask), odd));
+    IntLanes sum;
+    std::memcpy(&sum, part, sizeof sum);
+    return acc + sum;
 #else
     for (int j = 0; j < 4; ++j) acc += ((w >> (8 * j)) & 255) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * j)));
     return acc;
 #endif
 }
+
+// Round to the nearest integer, ties to even; NaN becomes anything.
+inline IntLanes nearest(Lanes v) {
+#if defined(__AVX512F__)
+    return (IntLanes)_mm512_cvtps_epi32((__m512)v);
+#else
+    IntLanes out;
+    for (int64_t i = 0; i < LANES; ++i) out[i] = std::isfinite(v[i]) ? static_cast<int32_t>(std::nearbyint(v[i])) : 0;
+    return out;
+#endif
+}
+
+// Sixteen integers to sixteen bytes.
+inline void put_bytes(int8_t* p, IntLanes v) {
+    typedef int8_t Bytes __attribute__((vector_size(16)));
+    const Bytes low = __builtin_convertvector(v, Bytes);
+    std::memcpy(p, &low, sizeof low);
+}
+
+// Rows become columns.
+inline void transpose(IntLanes (&row)[LANES]) {
+    const IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int32_t step = 1; step < LANES; step *= 2) {
+        const IntLanes odd = (lane & step) != 0;  // all bits set in lanes that come from the other row
+        const IntLanes low = lane + (odd & (static_cast<int32_t>(LANES) - step)), high = lane + (odd & static_cast<int32_t>(LANES)) + (~odd & step);
+        for (int64_t i = 0; i < LANES; ++i) {
+            if (i & step) continue;
+            const IntLanes a = row[i], b = row[i + step];
+            row[i] = __builtin_shuffle(a, b, low);
+            row[i + step] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+// Ask for a cache line that will be read soon, into the second level: the first is busy with what is being read now.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline int32_t pair_at(const void* p) {
     int32_t bits;
@@ -141,6 +193,20 @@ inline void put_bf16(bf16* p, Lanes v) {
 }
 
 inline void put(bf16* p, Lanes v) { put_bf16(p, v); }
+
+// bfloat16 pairs of two vectors: low halves from `first`, high halves from `second`.
+inline IntLanes paired(Lanes first, Lanes second) {
+    uint16_t low[LANES], high[LANES];
+    put_bf16(low, first), put_bf16(high, second);
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    Half a, b;
+    std::memcpy(&a, low, sizeof a), std::memcpy(&b, high, sizeof b);
+    const Wide joined = __builtin_convertvector(a, Wide) | (__builtin_convertvector(b, Wide) << 16);
+    IntLanes out;
+    std::memcpy(&out, &joined, sizeof out);
+    return out;
+}
 
 inline Lanes lanes(const bf16* p) {
     uint16_t raw __attribute__((vector_size(32)));
