@@ -182,9 +182,9 @@ def show_explanation(found: Explanation) -> None:
 def show_run(found: PlannedRun) -> None:
     """Foretold beside found, with the error."""
     console = Console(highlight=False)
-    console.print(
-        f"[bold]{_plain(found.run)}[/], stage {_plain(found.stage)}; calibration: {_plain(found.calibration)}"
-    )
+    so_far = "" if found.steps_reached == found.steps else f", so far {found.steps_reached} of {found.steps} steps"
+    stage = f"stage {_plain(found.stage)}{so_far}"
+    console.print(f"[bold]{_plain(found.run)}[/], {stage}; calibration: {_plain(found.calibration)}")
     table = Table(box=box.SIMPLE, padding=(0, 1))
     for title in ("", "predicted", "measured", "error", "from"):
         table.add_column(

@@ -6,7 +6,7 @@ Evaluations, checkpoints and the time before the first step are not predicted: t
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class PlannedRun:
 
     run: str
     stage: str
+    steps: int
+    """That were asked for."""
+    steps_reached: int
+    """Fewer where the stage has not ended; both sides are then of these."""
     is_calibrated: bool
     calibration: str
     """When and where it was made; why there is none."""
@@ -57,6 +61,8 @@ class PlannedRun:
         return {
             "run": self.run,
             "stage": self.stage,
+            "steps": self.steps,
+            "steps_reached": self.steps_reached,
             "is_calibrated": self.is_calibrated,
             "calibration": self.calibration,
             "figures": {
@@ -86,6 +92,10 @@ class _Asked:
     def step_tokens(self) -> int:
         return self.batch_rows * self.row_tokens * self.accumulation
 
+    @property
+    def flops(self) -> float:
+        return self.steps * self.step_tokens * training_flops_per_token(self.model, self.row_tokens)
+
 
 def plan_run(run_dir: Path, calibration: Calibration | None) -> PlannedRun:
     """Foretell a run's pretraining and hold it against what was measured.
@@ -99,7 +109,8 @@ def plan_run(run_dir: Path, calibration: Calibration | None) -> PlannedRun:
         raise DataError(f"{run_dir} has no pretraining in its metrics; name a run of shoal demo or shoal pretrain.")
     stage = run.pretrain_stages[0]
     asked = _asked(run)
-    outcomes = tuple(_outcomes(run, stage, asked, calibration))
+    reached = asked.steps if run.stages.get(stage, {}).get("done") else _steps_reached(run, stage)
+    so_far = replace(asked, steps=max(1, min(reached, asked.steps)))
     made = "none on this machine; measure with shoal plan --calibrate"
     if calibration is not None:
         machine = calibration.machine
@@ -107,69 +118,107 @@ def plan_run(run_dir: Path, calibration: Calibration | None) -> PlannedRun:
     return PlannedRun(
         run=run.name,
         stage=stage,
+        steps=asked.steps,
+        steps_reached=so_far.steps,
         is_calibrated=calibration is not None,
         calibration=made,
-        outcomes=outcomes,
+        outcomes=tuple(_outcomes(run, stage, so_far, calibration)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Foretold:
+    """Time and memory, and what they rest on."""
+
+    seconds: float
+    seconds_from: str
+    memory_bytes: float
+    memory_from: str
+
+
+def _foretell(asked: _Asked, calibration: Calibration | None, run: RunRecord) -> _Foretold:
+    model, rows, row_tokens = asked.model, asked.batch_rows, asked.row_tokens
+    if calibration is not None:
+        return _Foretold(
+            seconds=asked.steps * asked.accumulation * calibration.training_step_s(model, rows, row_tokens),
+            seconds_from="calibrated seconds per layer and operation x steps",
+            memory_bytes=calibration.training_peak_bytes(model, rows, row_tokens, asked.steps),
+            memory_from="bytes held at once x what the allocator was measured to keep, by the logarithm of the steps",
+        )
+    device = cpu_device(_cores(run), int(run.config.get("machine", {}).get("memory_bytes") or 2**33))
+    plan = TrainingPlan(recipe=recipe("cpu"), micro_batch=rows, sequence_tokens=row_tokens, recompute="none")
+    return _Foretold(
+        seconds=asked.flops / (device.peak_flops("bf16") * CPU_UTILISATION.value),
+        seconds_from=f"operations / ({CPU_UTILISATION.value:g} of {device.name}'s peak), {CPU_UTILISATION.source}",
+        memory_bytes=float(training_memory(model, plan).total_bytes),
+        memory_from="bytes held at once; the program itself and what its allocator keeps are not in it",
     )
 
 
 def _outcomes(run: RunRecord, stage: str, asked: _Asked, calibration: Calibration | None) -> Iterator[Outcome]:
-    model, row_tokens = asked.model, asked.row_tokens
-    cores = int(run.config.get("machine", {}).get("num_cores") or 1)
-    facts = run.stages.get(stage, {})
-    tokens = asked.steps * asked.step_tokens
-    flops = tokens * training_flops_per_token(model, row_tokens)
-    done = _last(run, stage, "tokens")
-    if calibration is not None:
-        seconds = asked.steps * asked.accumulation * calibration.training_step_s(model, asked.batch_rows, row_tokens)
-        time_from = "calibrated seconds per layer and operation x steps"
-        memory = calibration.training_peak_bytes(model, asked.batch_rows, row_tokens, asked.steps)
-        memory_from = "bytes held at once x what the allocator was measured to keep, by the logarithm of the steps"
-    else:
-        device = cpu_device(cores, int(run.config.get("machine", {}).get("memory_bytes") or 2**33))
-        seconds = flops / (device.peak_flops("bf16") * CPU_UTILISATION.value)
-        time_from = f"operations / ({CPU_UTILISATION.value:g} of {device.name}'s peak), {CPU_UTILISATION.source}"
-        plan = TrainingPlan(
-            recipe=recipe("cpu"), micro_batch=asked.batch_rows, sequence_tokens=row_tokens, recompute="none"
-        )
-        memory = float(training_memory(model, plan).total_bytes)
-        memory_from = "bytes held at once; the program itself and what its allocator keeps are not in it"
-    yield Outcome(
-        name="training_s", label="time", unit="s", predicted=seconds, measured=_of(facts, "wall_s"), how=time_from
+    foretold, facts, cores = _foretell(asked, calibration, run), run.stages.get(stage, {}), _cores(run)
+    watts, done = cpu_assumptions(cores).power_w.value, _last(run, stage, "tokens")
+
+    def outcome(name: str, label: str, unit: str, predicted: float, measured: float | None, how: str) -> Outcome:
+        return Outcome(name=name, label=label, unit=unit, predicted=predicted, measured=measured, how=how)
+
+    yield outcome(
+        "training_s",
+        "time",
+        "s",
+        foretold.seconds,
+        _of(facts, "wall_s") or _time_so_far(run, stage),
+        foretold.seconds_from,
     )
-    yield Outcome(
-        name="peak_memory_bytes",
-        label="peak memory of the process",
-        unit="bytes",
-        predicted=memory,
-        measured=_last(run, stage, "peak_memory_bytes"),
-        how=memory_from,
+    yield outcome(
+        "peak_memory_bytes",
+        "peak memory of the process",
+        "bytes",
+        foretold.memory_bytes,
+        _last(run, stage, "peak_memory_bytes"),
+        foretold.memory_from,
     )
-    yield Outcome(
-        name="training_tokens",
-        label="tokens; rows that packing leaves short are the error",
-        unit="tokens",
-        predicted=tokens,
-        measured=done,
-        how="steps x rows x tokens of a row",
+    yield outcome(
+        "training_tokens",
+        "tokens; rows that packing leaves short are the error",
+        "tokens",
+        asked.steps * asked.step_tokens,
+        done,
+        "steps x rows x tokens of a row",
     )
-    yield Outcome(
-        name="training_flops",
-        label="operations",
-        unit="FLOP",
-        predicted=flops,
-        measured=None if done is None else done * training_flops_per_token(model, row_tokens),
-        how="tokens x training_flops_per_token; measured: of the tokens that were there",
+    yield outcome(
+        "training_flops",
+        "operations",
+        "FLOP",
+        asked.flops,
+        None if done is None else done * training_flops_per_token(asked.model, asked.row_tokens),
+        "tokens x training_flops_per_token; measured: of the tokens that were there",
     )
-    watts = cpu_assumptions(cores).power_w.value
-    yield Outcome(
-        name="training_joules",
-        label=f"energy ({facts.get('energy_kind', 'not recorded')})",
-        unit="J",
-        predicted=seconds * watts,
-        measured=_of(facts, "energy_j"),
-        how=f"predicted time x {watts:g} W of {cores} busy cores",
+    yield outcome(
+        "training_joules",
+        f"energy ({facts.get('energy_kind', 'not recorded')})",
+        "J",
+        foretold.seconds * watts,
+        _of(facts, "energy_j"),
+        f"predicted time x {watts:g} W of {cores} busy cores",
     )
+
+
+def _cores(run: RunRecord) -> int:
+    return int(run.config.get("machine", {}).get("num_cores") or 1)
+
+
+def _steps_reached(run: RunRecord, stage: str) -> int:
+    return max((int(step) for step, _ in run.series(stage, "tokens")), default=1)
+
+
+def _time_so_far(run: RunRecord, stage: str) -> float | None:
+    """Of a stage that has not ended: the time between its first and last line, stretched to the steps before the first."""
+    times = run.series(stage, "time_s")
+    if len(times) < 2 or times[-1][0] == times[0][0]:
+        return None
+    (first, began_s), (last, ended_s) = times[0], times[-1]
+    return (ended_s - began_s) * last / (last - first)
 
 
 def _asked(run: RunRecord) -> _Asked:

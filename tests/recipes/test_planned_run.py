@@ -48,10 +48,25 @@ def test_without_a_calibration_it_says_so(run_dir):
     assert all(one.predicted > 0 for one in found.outcomes)
 
 
-def test_a_stage_that_has_not_ended_has_no_measured_time(run_dir):
-    write(run_dir / "stages.json", {"pretrain": {"wall_s": 3.0, "energy_j": 7.0, "done": False}})
-    found = {one.name: one for one in plan_run(run_dir, calibration()).outcomes}
-    assert found["training_s"].measured is None and found["training_s"].error_fraction is None
+def test_a_stage_that_has_not_ended_is_held_against_the_steps_it_has_reached(run_dir):
+    write(run_dir / "stages.json", {})
+    lines = [
+        {
+            "stage": "pretrain",
+            "step": step,
+            "tokens": step * 4000,
+            "time_s": 1000.0 + step / 4,
+            "peak_memory_bytes": 900,
+        }
+        for step in (5, 10, 100)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    made = plan_run(run_dir, calibration())
+    found = {one.name: one for one in made.outcomes}
+    assert (made.steps_reached, made.steps) == (100, 1100)
+    assert found["training_tokens"].predicted == 100 * 26 * 160 and found["training_tokens"].measured == 400_000
+    assert found["training_s"].measured == pytest.approx(25.0)
+    assert found["training_joules"].measured is None and found["training_joules"].error_fraction is None
 
 
 def test_a_run_directory_without_metrics_is_named(run_dir):
