@@ -107,6 +107,11 @@ class Rival:
     source: str
     note: str = ""
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a new token reads a selection or groups of what is cached, which `config` cannot say."""
+        return len(self.cache) > 1
+
     def kv_bytes_by_part(self, context_tokens: int) -> dict[str, float]:
         """Cache of one sequence by part, as served; the sum is `kv_bytes`."""
         _check_context(context_tokens)

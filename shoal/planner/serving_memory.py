@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from shoal.config import ModelConfig
+from shoal.errors import ConfigError
 from shoal.planner.activations import FP8_SCALE_BYTES, layer_activations, recipe
 from shoal.planner.checks import check_count, check_word
 from shoal.planner.hardware import Device
@@ -44,6 +45,8 @@ class ServingPlan:
     other_weights: WeightFormat = "bf16"
     """Of embedding, head, router and norms."""
     cache: CacheFormat = "bf16"
+    cache_bytes_per_number: float | None = None
+    """Instead of a format: scales included, 0.75 for the six bits that DeepSeek-V2 was served with."""
     num_sequences: int = 1
     """At once, over all devices."""
     context_tokens: int = 4096
@@ -61,6 +64,10 @@ class ServingPlan:
         for name, words in (("weights", WeightFormat), ("other_weights", WeightFormat), ("cache", CacheFormat)):
             check_word(name, getattr(self, name), get_args(words))
         check_word("layout", self.layout, get_args(Layout))
+        if self.cache_bytes_per_number is not None and not 0 < self.cache_bytes_per_number <= 8:
+            raise ConfigError(
+                f"cache_bytes_per_number={self.cache_bytes_per_number} must be above 0 and at most 8; bf16 is 2."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,8 @@ def serving_memory(config: ModelConfig, plan: ServingPlan) -> ServingMemory:
 def served_cache_bytes_per_token(config: ModelConfig, plan: ServingPlan) -> int:
     """Of one sequence over all layers, in the format of `plan.cache`."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if plan.with_mtp else 0)
+    if plan.cache_bytes_per_number is not None:
+        return math.ceil(layers * config.cache_width * plan.cache_bytes_per_number)
     if plan.cache != "fp8":
         return layers * config.cache_width * (4 if plan.cache == "fp32" else 2)
     if config.attention == "mla":

@@ -93,9 +93,12 @@ def trained(question: Question) -> Trained | None:
 
 
 def served(question: Question) -> Served | None:
-    """The deployment on the hardware given, or on the fewest of the assumed device; None where the shape is not known."""
+    """The deployment on the hardware given, or on the fewest of the assumed device.
+
+    None where the shape is not known, or where the cache is no single kind of entry: then neither memory nor speed would be right.
+    """
     config, settings = question.model.config, question.settings
-    if config is None:
+    if config is None or question.model.is_sparse:
         return None
     device, reserve = question.cluster.device, settings.value("reserve_fraction")
     most = MOST_SERVING_DEVICES if device.link_bytes_per_s else 1
@@ -193,7 +196,7 @@ def _serving_figures(question: Question, found: Served) -> Iterator[Figure]:
     config, device = question.model.config, question.cluster.device
     assert config is not None
     plan, reserve, name = found.plan, question.settings.value("reserve_fraction"), device.name
-    inputs = ("weights", "context_tokens", "reserve_fraction")
+    inputs = ("weights", "context_tokens", "cache_bytes_per_number", "device_bytes", "reserve_fraction")
     yield Figure(
         name="serving_memory_bytes",
         label=f"serving {plan.num_sequences} sequences, fullest of {plan.num_devices} ({plan.weights} weights)",
@@ -239,13 +242,14 @@ def _serving_figures(question: Question, found: Served) -> Iterator[Figure]:
         value=longest_context(config, device, replace(plan, num_sequences=1), reserve_fraction=reserve),
         unit="tokens",
         formula="the largest that still fits, whatever positions the model knows",
-        inputs=("weights", "reserve_fraction"),
+        inputs=("weights", "cache_bytes_per_number", "device_bytes", "reserve_fraction"),
         source=_SERVING,
     )
 
 
 def _serving_plan(question: Question, config: ModelConfig) -> ServingPlan:
     return ServingPlan(
+        cache_bytes_per_number=question.settings.value("cache_bytes_per_number"),
         context_tokens=question.settings.whole("context_tokens"),
         num_devices=question.cluster.count,
         layout="tensor" if config.n_routed_experts is None else "expert",

@@ -38,7 +38,7 @@ def parameters_by_part(model: Rival) -> dict[str, int]:
 
 def files_by_format(model: Rival) -> dict[str, int]:
     """Bytes of `checkpoint_bytes_fp8` by stored format; empty where the plan does not know that figure."""
-    if model.config is None or any(part.is_indexer for part in model.cache):
+    if model.config is None or model.is_sparse:
         return {}
     files = fp8_checkpoint(model.config)
     return {
@@ -88,7 +88,7 @@ def _cache_figures(question: Question) -> Iterator[Figure]:
         if _is_latent(config)
         else "2 x heads x width x layers x 2"
     )
-    if config is None or any(part.tokens_per_entry > 1 or part.is_indexer for part in model.cache):
+    if config is None or model.is_sparse:
         formula = "sum over kinds of entries: copies x bytes of an entry / tokens in it, as served"
     yield Figure(
         name="kv_bytes_per_token",
@@ -193,6 +193,7 @@ def _operation_figures(question: Question) -> Iterator[Figure]:
             name="prefill_flops_per_token",
             label="operations to read one prompt token",
             value=prefill_flops(config, prompt) / prompt,
+            note="whole attention; the selection of the indexer is not modelled" if model.is_sparse else "",
             unit="FLOP",
             formula="2 x active_params without head + attention over half of prompt_tokens, expanded form; head once",
             inputs=("active_params", "prompt_tokens"),
@@ -214,6 +215,9 @@ def training_operations(model: Rival, row_tokens: int) -> Figure:
     """Operations of one trained token; where the shape is not known, without attention and said so."""
     config = model.config
     extra = 0.0 if config is None else 6 * (model.active_params - parameter_counts(config).active)
+    note = "attention left out: its shape is not known to us" if config is None else ""
+    if config is not None and model.is_sparse:
+        note = "whole attention, as before sparse training; the indexer's own operations left out"
     value = 6 * model.active_params if config is None else training_flops_per_token(config, row_tokens) + extra
     return Figure(
         name="training_flops_per_token",
@@ -223,7 +227,7 @@ def training_operations(model: Rival, row_tokens: int) -> Figure:
         formula="6 x active_params + 3 x 2 x heads x (qk + v widths) x sequence_tokens / 2 x layers (causal)",
         inputs=("active_params", "sequence_tokens"),
         source="ISCA 2025 table 2: 155 GFLOP for V2, 250 for V3",
-        note="attention left out: its shape is not known to us" if config is None else "",
+        note=note,
     )
 
 

@@ -70,7 +70,15 @@ def make_plan(question: Question) -> Plan:
     return _put_together(question, trained(question), served(question))
 
 
-_REFIT_FOR = ("device_bytes", "context_tokens", "num_sequences", "reserve_fraction", "micro_batch", "sequence_tokens")
+_REFIT_FOR = (
+    "cache_bytes_per_number",
+    "device_bytes",
+    "context_tokens",
+    "num_sequences",
+    "reserve_fraction",
+    "micro_batch",
+    "sequence_tokens",
+)
 
 
 def figure_under(plan: Plan, settings: Settings, name: str) -> Figure | None:

@@ -91,3 +91,15 @@ def test_what_does_not_fit_has_no_speed_and_says_what_is_missing():
 def test_training_that_is_too_wide_for_selective_recompute_takes_full():
     figures = plan("llama-3.1-405b").figures
     assert figures["training_fits"].value == "yes" and "full recompute" in figures["training_memory_bytes"].label
+
+
+def test_a_thinner_cache_holds_more_sequences():
+    plain, thin = plan("v2", fit="8x h800").figures, plan("v2", "cache_bytes_per_number=6bits", fit="8x h800").figures
+    assert thin["most_sequences"].value > 2.5 * plain["most_sequences"].value
+
+
+def test_a_model_with_a_selecting_indexer_has_no_speed_that_would_be_wrong():
+    figures = plan("v3.2", "tokens=1T").figures
+    assert "decode_tokens_per_s" not in figures and "serving_memory_bytes" not in figures
+    assert "indexer" in figures["training_flops_per_token"].note
+    assert figures["kv_bytes_per_token"].value == 61 * (656 + 132)
