@@ -50,6 +50,8 @@ class Recipe:
     """Kept for attention and for the projection after it."""
     product_bytes: float
     """What a feed-forward layer keeps of its products' results: gate, up, answers of experts."""
+    has_fused_networks: bool = False
+    """One kernel runs a whole SwiGLU network: of its middle only gate and up are kept, of experts no copies and no answers."""
     source: str
 
 
@@ -107,8 +109,9 @@ RECIPES: dict[str, Recipe] = {
             linear_input_bytes=2,
             attention_output_bytes=6,
             product_bytes=2,
+            has_fused_networks=True,
             source="Shoal's own on CPUs: float32 AdamW with products in bf16, whose weights backward keeps beside the float32 ones "
-            "(shoal/model/layers.py); tests hold it within a fifth of the real model",
+            "(shoal/kernels/products.py); tests hold it within a fifth of the real model",
         ),
         Recipe(
             name="bf16",
@@ -190,20 +193,29 @@ def layer_activations(config: ModelConfig, layer: int, recipe: Recipe, recompute
     latents += config.qk_rope_head_dim * wide if is_latent else 0
     # Without latents there is nothing small to recompute queries, keys and values from but the norm's input: they stay.
     keeps_heads = keeps_all or not is_latent
-    routing, width = 0.0, config.intermediate_size
+    routing, width, is_fused = 0.0, config.intermediate_size, recipe.has_fused_networks and keeps_all
     if config.is_moe_layer(layer):
         copies = config.num_experts_per_tok
         width = config.moe_intermediate_size * (copies + config.n_shared_experts)
-        routing = 4 * (config.n_routed_experts or 0) + copies * hidden * (
-            narrow + (recipe.product_bytes if keeps_all else 0)
-        )
+        routing = 4 * (config.n_routed_experts or 0)
+        # Fused, an expert's tokens are gathered by index: two whole numbers and a weight for each choice.
+        routing += copies * 20 if is_fused else copies * hidden * (narrow + (recipe.product_bytes if keeps_all else 0))
     return _layer(
         residual=2 * hidden * (wide + (narrow if keeps_all else 0)),
         latents=latents,
         heads=head_width * wide if keeps_heads else 0,
         attention_output=heads * (value_width * recipe.attention_output_bytes + 4),
         routing=routing,
-        feed_forward=width * (2 * recipe.product_bytes + narrow if keeps_all else 2 * narrow),
+        feed_forward=_network_bytes(width, recipe, keeps_all, is_fused),
+    )
+
+
+def _network_bytes(width: int, recipe: Recipe, keeps_all: bool, is_fused: bool) -> float:
+    """Of the middle of SwiGLU networks, `width` numbers wide: gate, up and their product."""
+    if is_fused:
+        return width * 2 * recipe.product_bytes
+    return width * (
+        2 * recipe.product_bytes + recipe.linear_input_bytes if keeps_all else 2 * recipe.linear_input_bytes
     )
 
 
