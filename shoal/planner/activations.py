@@ -50,8 +50,11 @@ class Recipe:
     """Kept for attention and for the projection after it."""
     product_bytes: float
     """What a feed-forward layer keeps of its products' results: gate, up, answers of experts."""
-    has_fused_networks: bool = False
-    """One kernel runs a whole SwiGLU network: of its middle only gate and up are kept, of experts no copies and no answers."""
+    kept_of_networks: Literal["all", "gate_up", "fused"] = "all"
+    """Of SwiGLU networks: gate, up and their product; the first two, the product being made again; or where one kernel runs
+    the whole network also no copies of the tokens that experts get, nor their answers."""
+    repeats_kv_heads: bool = False
+    """Whether grouped keys and values are kept once for every query head, as Shoal's own attention does."""
     source: str
 
 
@@ -95,6 +98,8 @@ RECIPES: dict[str, Recipe] = {
             linear_input_bytes=4,
             attention_output_bytes=4,
             product_bytes=4,
+            kept_of_networks="gate_up",
+            repeats_kv_heads=True,
             source="everything in float32, AdamW: 16 bytes per parameter",
         ),
         Recipe(
@@ -109,7 +114,8 @@ RECIPES: dict[str, Recipe] = {
             linear_input_bytes=2,
             attention_output_bytes=6,
             product_bytes=2,
-            has_fused_networks=True,
+            kept_of_networks="fused",
+            repeats_kv_heads=True,
             source="Shoal's own on CPUs: float32 AdamW with products in bf16, whose weights backward keeps beside the float32 ones "
             "(shoal/kernels/products.py); tests hold it within a fifth of the real model",
         ),
@@ -188,12 +194,12 @@ def layer_activations(config: ModelConfig, layer: int, recipe: Recipe, recompute
     if is_latent:
         head_width = heads * (2 * config.qk_head_dim + value_width)
     else:
-        head_width = (heads + 2 * config.kv_heads) * value_width
+        head_width = (heads + 2 * (heads if recipe.repeats_kv_heads else config.kv_heads)) * value_width
     latents = normed_latent * (wide + (narrow if keeps_all else 0))
     latents += config.qk_rope_head_dim * wide if is_latent else 0
     # Without latents there is nothing small to recompute queries, keys and values from but the norm's input: they stay.
     keeps_heads = keeps_all or not is_latent
-    routing, width, is_fused = 0.0, config.intermediate_size, recipe.has_fused_networks and keeps_all
+    routing, width, is_fused = 0.0, config.intermediate_size, recipe.kept_of_networks == "fused" and keeps_all
     if config.is_moe_layer(layer):
         copies = config.num_experts_per_tok
         width = config.moe_intermediate_size * (copies + config.n_shared_experts)
@@ -206,17 +212,16 @@ def layer_activations(config: ModelConfig, layer: int, recipe: Recipe, recompute
         heads=head_width * wide if keeps_heads else 0,
         attention_output=heads * (value_width * recipe.attention_output_bytes + 4),
         routing=routing,
-        feed_forward=_network_bytes(width, recipe, keeps_all, is_fused),
+        feed_forward=_network_bytes(width, recipe, keeps_all),
     )
 
 
-def _network_bytes(width: int, recipe: Recipe, keeps_all: bool, is_fused: bool) -> float:
-    """Of the middle of SwiGLU networks, `width` numbers wide: gate, up and their product."""
-    if is_fused:
-        return width * 2 * recipe.product_bytes
-    return width * (
-        2 * recipe.product_bytes + recipe.linear_input_bytes if keeps_all else 2 * recipe.linear_input_bytes
-    )
+def _network_bytes(width: int, recipe: Recipe, keeps_all: bool) -> float:
+    """Of the middle of SwiGLU networks, `width` numbers wide."""
+    if not keeps_all:
+        return width * 2 * recipe.linear_input_bytes
+    product = recipe.linear_input_bytes if recipe.kept_of_networks == "all" else 0
+    return width * (2 * recipe.product_bytes + product)
 
 
 def _layer(**parts: float) -> LayerActivations:
