@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from shoal.errors import ConfigError
 from shoal.planner.cost import training_cost
 from shoal.planner.counts import training_flops_per_token
 from shoal.planner.plan.figure import Figure
@@ -138,8 +139,13 @@ def _dense_figures(question: Question) -> Iterator[Figure]:
         ("dense_same_loss", "a dense model of about the same loss", guess.value, guess.source),
         ("dense_same_size", "a dense model of the same size", None, "every parameter multiplies every token"),
     ):
-        twin = dense_twin(config, params)
-        hours = device_hours(question, training_flops_per_token(twin, row))
+        hours, why_not = None, ""
+        try:
+            hours = device_hours(question, training_flops_per_token(dense_twin(config, params), row))
+        except (
+            ConfigError
+        ) as error:  # one that is nearly all embedding and attention has no dense twin of so few parameters
+            why_not = f"no such dense model: {error}"
         yield Figure(
             name=f"{name}_gpu_hours",
             label=f"hours of {label} ({_short(params or question.model.total_params)} parameters)",
@@ -148,6 +154,7 @@ def _dense_figures(question: Question) -> Iterator[Figure]:
             formula="tokens x training_flops_per_token of the dense model / (peak_bf16_flops_per_s x utilisation_fraction x 3600)",
             inputs=("tokens", "peak_bf16_flops_per_s", "utilisation_fraction"),
             source=source,
+            note=why_not,
         )
 
 

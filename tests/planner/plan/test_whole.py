@@ -6,6 +6,7 @@ from shoal.planner.plan.question import ask
 from shoal.planner.plan.settings import parse_settings
 from shoal.planner.plan.whole import Plan, make_plan
 from shoal.planner.published_models import RIVALS, rival
+from shoal.planner.rivals import rival_of
 from shoal.presets import PRESETS
 
 EVERY_MODEL = [*RIVALS, *(name for name in PRESETS if name not in RIVALS)]
@@ -57,3 +58,10 @@ def test_every_known_model_can_be_planned_and_every_input_of_a_figure_exists(mod
         assert figure.value is not None or figure.note, figure.name
         if figure.low is not None and figure.high is not None and not isinstance(figure.value, str | None):
             assert figure.low <= figure.value <= figure.high, figure.name
+
+
+def test_a_model_that_is_nearly_all_embedding_says_that_it_has_no_dense_twin():
+    config = PRESETS["demo"].replace(vocab_size=100_000, moe_intermediate_size=1, intermediate_size=1)
+    model = rival_of("thin", config, source="test")
+    figure = make_plan(ask(model, None, parse_settings(["tokens=1M"]))).figures["dense_same_loss_gpu_hours"]
+    assert figure.value is None and "no such dense model" in figure.note
