@@ -89,7 +89,7 @@ def bundled_config(*, steps: int = 1600, rl_steps: int = 40, documents: int = 14
             steps=rl_steps,
             prompts_per_step=32,
             group_size=8,
-            optimizer=OptimizerConfig(learning_rate=4e-4, eps=1e-4, weight_decay=0.0),
+            optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.0),
             decay_fraction=0.5,
             max_response_tokens=220,
             bias_speed=3e-3,

@@ -70,9 +70,9 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
             checkpoint_every=100,
         ),
         rl=GrpoConfig(
-            steps=60,
+            steps=48,
             prompts_per_step=16,
-            optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-4, weight_decay=0.0),
+            optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.0),
             decay_fraction=0.5,
             max_response_tokens=128,
             bias_speed=3e-3,
@@ -81,7 +81,7 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
         estimates_s={"shards": 8, "pretrain": 330, "evaluate": 8, "rl": 120},
     )
     if quick:
-        rl = replace(config.rl, steps=24)
+        rl = replace(config.rl, steps=32)
         return replace(
             config,
             rl=rl,

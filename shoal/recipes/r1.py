@@ -87,11 +87,11 @@ class R1Config:
 
 def r1_config(*, quick: bool = False) -> R1Config:
     """The recipe `r1`; `quick` keeps every stage and makes all of them smaller, too small to show what the paper shows."""
-    steps, rl_steps = (240, 6) if quick else (900, 40)
+    steps, rl_steps = (240, 6) if quick else (500, 40)
     zero = GrpoConfig(
         steps=rl_steps,
         prompts_per_step=16,
-        optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-4, weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.0),
         decay_fraction=0.5,
         max_response_tokens=112,
         bias_speed=3e-3,
@@ -99,7 +99,7 @@ def r1_config(*, quick: bool = False) -> R1Config:
     )
     large = preset("demo").replace(initializer_range=0.05)
     config = R1Config(
-        corpus=CorpusConfig(documents=24_000 if quick else 80_000, difficulty=3 if quick else 5, worked_share=0.15),
+        corpus=CorpusConfig(documents=24_000 if quick else 50_000, difficulty=3, worked_share=0.2),
         model=large,
         small_model=_dense(large),
         pretraining=_training(steps),

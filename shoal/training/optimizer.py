@@ -29,7 +29,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     """Of AdamW, added to the root of the second moment. As large as the gradients' own entries it takes away full steps in
-    directions that have next to no gradient: reinforcement learning with few samples needs that (docs/log.md)."""
+    directions that have next to no gradient; with a larger rate beside it, it was worse (docs/log.md, 2026-11-28)."""
     weight_decay: float = 0.1
     moments: Literal["fp32", "bf16"] = "fp32"
     """Of AdamW; bf16 halves their memory and is published V3's choice."""
