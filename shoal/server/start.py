@@ -133,9 +133,9 @@ def made_anew(engine: Engine | ServingEngine) -> Engine | ServingEngine:
     """The same model with nothing held and nothing waiting, for when a failure left the old engine's books in disorder."""
     if isinstance(engine, Engine):
         return Engine(engine.model, max_context=engine.max_context)
-    return ServingEngine(
-        engine.model, engine.config, identity=engine.identity, disk=engine.disk, speculation=engine.speculation
-    )
+    fresh = ServingEngine(engine.model, engine.config, identity=engine.identity, speculation=engine.speculation)
+    fresh.disk = engine.disk
+    return fresh
 
 
 def check_address(host: str, port: int, *, may_be_reached: bool) -> None:
