@@ -36,6 +36,10 @@ class TaskError(ShoalError):
     """A task, verifier or reward that breaks its contract."""
 
 
+class RolloutError(ShoalError):
+    """Rollout workers that keep dying."""
+
+
 class ServerError(ShoalError):
     """The server cannot start or go on: port in use, unsafe address, model missing."""
 

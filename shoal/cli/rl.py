@@ -40,6 +40,10 @@ def rl(
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer; default 128, datasets 256.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: by the model's size.")] = None,
     staleness: Annotated[int, typer.Option(help="Sample in the background with weights so many steps old; 0: no.")] = 0,
+    rollouts: Annotated[
+        str, typer.Option(help="local, or ray: sample in worker processes, on a cluster too; the tokens are the same.")
+    ] = "local",
+    num_workers: Annotated[int, typer.Option(help="With --rollouts ray.")] = 2,
     base_steps: Annotated[
         int | None, typer.Option(help="Training steps of a base made from scratch; default 400.")
     ] = None,
@@ -107,6 +111,8 @@ def rl(
         max_response_tokens=max_tokens,
         learning_rate=learning_rate,
         staleness=staleness,
+        rollouts=rollouts,
+        num_workers=num_workers,
         base_steps=base_steps,
         base_worked_share=worked_share,
         instruction=instruction,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal.engine.packed_model import PackedModel, fits
 from shoal.model.latent_cache import LatentCache
+from shoal.model.layers import product_dtype
 from shoal.model.transformer import Transformer
 
 PREFILL_CHUNK_TOKENS = 1024
@@ -110,8 +111,7 @@ class PackedRunner:
     def _format(self) -> str:
         if self._given is not None:
             return "f32" if self._given.format == "f32" else "bf16"
-        attention = self.model.get_submodule("layers.0.self_attn.o_proj")
-        return "bf16" if getattr(attention, "compute_dtype", None) == torch.bfloat16 else "f32"
+        return "bf16" if product_dtype(self.model) == torch.bfloat16 else "f32"
 
     def _fresh(self) -> PackedModel:
         """The packed weights, made anew when the module's have changed since."""

@@ -111,3 +111,8 @@ def set_fp8(model: nn.Module, recipe: Fp8Recipe | None) -> None:
         inside = name.startswith("layers.") or (name.startswith("mtp.") and ".block." in name)
         if hasattr(module, "fp8") and inside:
             module.fp8 = recipe
+
+
+def product_dtype(model: nn.Module) -> torch.dtype | None:
+    """What `set_compute_dtype` was last told."""
+    return next((module.compute_dtype for module in model.modules() if isinstance(module, Linear)), None)

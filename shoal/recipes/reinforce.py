@@ -9,6 +9,7 @@ A base that never succeeds cannot learn from reward: every group scores the same
 each held-out problem, and the run ends there with pass@64 and what to change, before hours are spent.
 """
 
+import contextlib
 import json
 import random
 from collections.abc import Iterator
@@ -32,8 +33,9 @@ from shoal.report import write_report
 from shoal.rl.algorithms import fit_algorithm
 from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
+from shoal.rl.ray_rollouts import ray_engines
 from shoal.rl.rewards import R1_ZERO_REWARDS
-from shoal.rl.rollout import Prompter
+from shoal.rl.rollout import EngineMaker, Prompter, engine_here
 from shoal.rl.task_source import TaskSource, open_task
 from shoal.rl.tasks.task import Problem
 from shoal.rl.verifier_pool import PoolConfig
@@ -84,6 +86,9 @@ class ReinforceConfig:
     max_response_tokens: int = 128
     learning_rate: float | None = None
     staleness: int = 0
+    rollouts: str = "local"
+    """"local" samples in this process, "ray" in worker processes; the tokens are the same."""
+    num_workers: int = 2
     on_reward_error: str = "stop"
     instruction: str = ""
     """Put before every question: how a foreign base learns of the answer format."""
@@ -92,6 +97,12 @@ class ReinforceConfig:
     held_out_problems: int = 64
     samples_per_problem: int = 64
     pool: PoolConfig
+
+    def __post_init__(self) -> None:
+        if self.rollouts not in ("local", "ray"):
+            raise ConfigError(f"rollouts={self.rollouts!r} is unknown; use 'local' or 'ray'.")
+        if self.num_workers < 1:
+            raise ConfigError(f"num_workers={self.num_workers} must be at least 1.")
 
 
 def reinforce_config(task: str, **choices: Any) -> ReinforceConfig:
@@ -136,7 +147,8 @@ class _Reinforce:
         self.stage = f"rl-{config.seed}"
         shape = load_config(find_model(config.model)) if config.model else config.base.model
         values = {**asdict(config), "base_model": str(config.model) if config.model else None, "model": shape.to_dict()}
-        values.pop("pool")
+        for outcome_is_the_same in ("pool", "rollouts", "num_workers"):
+            values.pop(outcome_is_the_same)
         settings = {"recipe": "reinforce", **values, "source": source.identity}
         self.models = ModelRun(run_dir, settings, {})
 
@@ -306,16 +318,18 @@ class _Reinforce:
             say("  keep_routing is off: this model has no routed experts")
             stage = replace(stage, keep_routing=False)
         asked = [self._asked(problem) for problem in self.source.sets.problems("rl", config.rl_problems)]
-        train_grpo(
-            model,
-            stage,
-            asked,
-            self._prompter(),
-            self.dir,
-            stage=self.stage,
-            rewards=self.source.rewards or R1_ZERO_REWARDS,
-            verifier=self.source.verifier,
-        )
+        with _engines(config) as engines:
+            train_grpo(
+                model,
+                stage,
+                asked,
+                self._prompter(),
+                self.dir,
+                stage=self.stage,
+                rewards=self.source.rewards or R1_ZERO_REWARDS,
+                verifier=self.source.verifier,
+                engines=engines,
+            )
         skill = self._measure(model)
         write_json(self.dir / f"skill-{self.stage}.json", skill.to_dict())
         self.models.save(self.stage, model)
@@ -378,3 +392,8 @@ class _Reinforce:
 
 def _parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _engines(config: ReinforceConfig) -> contextlib.AbstractContextManager[EngineMaker]:
+    """Who samples, for as long as the block lasts."""
+    return ray_engines(config.num_workers) if config.rollouts == "ray" else contextlib.nullcontext(engine_here)

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shoal.engine.engine import Engine
 from shoal.errors import ConfigError
 from shoal.log import MetricsWriter, duration, progress_bar, say
 from shoal.model.layers import compute_dtype, set_compute_dtype
@@ -30,7 +29,7 @@ from shoal.rl.grading import FamilyVerifier, Verifier, columns_of, stop_if_blind
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.lookahead import Lookahead
 from shoal.rl.rewards import R1_ZERO_REWARDS, RewardTable, WeightedReward, score_answers
-from shoal.rl.rollout import Prompter
+from shoal.rl.rollout import EngineMaker, Prompter, engine_here
 from shoal.rl.sampling import StepSample, StepSampler
 from shoal.rl.step_metrics import step_metrics, write_samples
 from shoal.rl.tasks.task import Problem
@@ -63,6 +62,7 @@ def train_grpo(
     stage: str = "rl",
     rewards: Sequence[WeightedReward] = R1_ZERO_REWARDS,
     verifier: Verifier | None = None,
+    engines: EngineMaker = engine_here,
     after_step: Callable[[int], None] | None = None,
 ) -> GrpoResult:
     """Improve `model` on `problems` by reward alone, from the stage's newest checkpoint when there is one.
@@ -71,6 +71,7 @@ def train_grpo(
         problems: training problems, drawn without replacement in a seeded order, again when used up.
         rewards: what an answer is worth, added up by weight; default accuracy, and a tenth for the format.
         verifier: who says what is right; default the built-in families.
+        engines: who samples; default this process (`ray_rollouts` has workers).
     Raises:
         CheckpointError: the run directory holds a checkpoint of another configuration.
         TaskError: a reward breaks its contract, or the verifier fails on too many answers.
@@ -78,7 +79,7 @@ def train_grpo(
     if not rewards:
         raise ConfigError("there is no reward to learn from; give at least one.")
     return _Grpo(
-        model, config, problems, prompter, run_dir, stage, rewards, verifier or FamilyVerifier(), after_step
+        model, config, problems, prompter, run_dir, stage, rewards, verifier or FamilyVerifier(), engines, after_step
     ).run()
 
 
@@ -95,6 +96,7 @@ class _Grpo:
         stage: str,
         rewards: Sequence[WeightedReward],
         verifier: Verifier,
+        engines: EngineMaker,
         after_step: Callable[[int], None] | None,
     ) -> None:
         if len(problems) < config.prompts_per_step:
@@ -104,10 +106,11 @@ class _Grpo:
         set_compute_dtype(model, compute_dtype(config.precision, model.embed_tokens.weight.device))
         self.optimizers = OptimizerSet(model, config.optimizer)
         self.schedule = _schedule(config)
-        engine = Engine(model, max_rows=config.prompts_per_step * config.group_size)
-        self.lookahead = Lookahead(
-            model, StepSampler(config, problems, prompter, verifier), engine, staleness=config.staleness
+        sampler, max_rows = (
+            StepSampler(config, problems, prompter, verifier),
+            config.prompts_per_step * config.group_size,
         )
+        self.lookahead = Lookahead(model, sampler, engines, max_rows, config.staleness)
         self.reference = copy.deepcopy(model) if config.objective.kl_coefficient > 0 else None
         self.checkpoint_dir = run_dir / "checkpoints" / stage
         self.metrics = MetricsWriter(run_dir / "metrics.jsonl")

@@ -16,29 +16,30 @@ from typing import Any
 
 from torch import Tensor
 
-from shoal.engine.engine import Engine
 from shoal.engine.request import Completion
 from shoal.model.transformer import Transformer
 from shoal.rl.engine_replay import EngineReplay
 from shoal.rl.grading import Grade, GradedAnswers
-from shoal.rl.rollout import Rollouts
+from shoal.rl.rollout import EngineMaker, Rollouts
 from shoal.rl.sampling import StepSample, StepSampler
 
 
 class Lookahead:
     """Hands out the samples of steps in order; with staleness 0 it draws them on demand from the model itself."""
 
-    def __init__(self, model: Transformer, sampler: StepSampler, engine: Engine, staleness: int) -> None:
-        self.model, self.sampler, self.engine, self.staleness = model, sampler, engine, staleness
+    def __init__(
+        self, model: Transformer, sampler: StepSampler, engines: EngineMaker, max_rows: int, staleness: int
+    ) -> None:
+        self.model, self.sampler, self.staleness = model, sampler, staleness
         self.next_problem = 0
         self._waiting: deque[Future[StepSample]] = deque()
         self._thread: ThreadPoolExecutor | None = None
         if staleness:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
             self._copy = copy.deepcopy(model).eval()
-            self._copy_engine = Engine(self._copy, max_rows=engine.max_rows)
             self._asked = 0
             """The walk's place, known to the sampling thread alone while it works."""
+        self.engine = engines(self._copy if staleness else model, max_rows)
 
     def take(self, step: int) -> StepSample:
         """The sample of step `step`; called once for each, in order, before its update."""
@@ -84,7 +85,7 @@ class Lookahead:
 
     def _draw_with(self, weights: dict[str, Tensor], step: int) -> StepSample:
         self._copy.load_state_dict(weights)
-        sample = self.sampler.draw(self._copy_engine, step, self._asked)
+        sample = self.sampler.draw(self.engine, step, self._asked)
         self._asked = sample.next_problem
         return sample
 

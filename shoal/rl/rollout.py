@@ -5,15 +5,36 @@ the policy that samples is the policy that learns (R1-Zero on one machine).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from shoal.engine.engine import Engine
 from shoal.engine.request import Completion, Request, SamplingParams
+from shoal.model.transformer import Transformer
 from shoal.rl.tasks.task import Problem
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
+
+
+class RolloutEngine(Protocol):
+    """Who samples: `engine.Engine` in this process, or `ray_rollouts.RayEngine` in others."""
+
+    model: Transformer
+    max_rows: int
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Completions of every request, in order, one per sample, with the model's weights as they are now."""
+
+
+EngineMaker = Callable[[Transformer, int], RolloutEngine]
+"""Makes an engine over a model that runs so many samples at once."""
+
+
+def engine_here(model: Transformer, max_rows: int) -> RolloutEngine:
+    """The engine of this process."""
+    return Engine(model, max_rows=max_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +73,7 @@ class Prompter:
 
 
 def sample_rollouts(
-    engine: Engine,
+    engine: RolloutEngine,
     prompter: Prompter,
     problems: Sequence[Problem],
     *,

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shoal.engine.engine import Engine
 from shoal.engine.request import Completion
 from shoal.rl.advantage import informative_groups
 from shoal.rl.engine_replay import EngineReplay, replay_engine
 from shoal.rl.grading import Grade, GradedAnswers, Verifier, grade_answers
 from shoal.rl.grpo_config import GrpoConfig
-from shoal.rl.rollout import Prompter, Rollouts, sample_rollouts
+from shoal.rl.rollout import Prompter, RolloutEngine, Rollouts, sample_rollouts
 from shoal.rl.tasks.task import Problem
 
 
@@ -44,7 +43,7 @@ class StepSampler:
     def __init__(self, config: GrpoConfig, problems: Sequence[Problem], prompter: Prompter, verifier: Verifier) -> None:
         self.config, self.problems, self.prompter, self.verifier = config, problems, prompter, verifier
 
-    def draw(self, engine: Engine, step: int, first_problem: int) -> StepSample:
+    def draw(self, engine: RolloutEngine, step: int, first_problem: int) -> StepSample:
         """The answers of step `step`, from problem `first_problem` of the walk on."""
         config = self.config
         groups: list[_Group] = []
@@ -79,7 +78,7 @@ class StepSampler:
             place=[group.place for group in groups],
         )
 
-    def _roll(self, engine: Engine, places: Sequence[int], step: int, number: int) -> Rollouts:
+    def _roll(self, engine: RolloutEngine, places: Sequence[int], step: int, number: int) -> Rollouts:
         config = self.config
         return sample_rollouts(
             engine,
@@ -93,7 +92,7 @@ class StepSampler:
             seed=(config.seed * 7_368_787 + step) * 64 + number,
         )
 
-    def _replay(self, engine: Engine, rollouts: Rollouts) -> EngineReplay | None:
+    def _replay(self, engine: RolloutEngine, rollouts: Rollouts) -> EngineReplay | None:
         config = self.config
         if not (config.keep_routing or config.keep_sampling_mask):
             return None
