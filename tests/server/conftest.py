@@ -34,14 +34,14 @@ class Running:
 FIM_MARKS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 
 
-def tiny_served(context: int = 256, more_tokens: tuple[str, ...] = ()) -> ServedModel:
-    """A random model of a real tokenizer's size.
-
-    Args:
-        more_tokens: control tokens that its tokenizer has besides the usual ones.
-    """
+def tiny_tokenizer(more_tokens: tuple[str, ...] = ()) -> Tokenizer:
+    """A small tokenizer with further control tokens."""
     special = (*SPECIAL_TOKENS, *more_tokens)
-    tokenizer = Tokenizer.train(["how many fish are in the shoal? 12 fish."] * 4, 291 + len(special), special)
+    return Tokenizer.train(["how many fish are in the shoal? 12 fish."] * 4, 291 + len(special), special)
+
+
+def tiny_model(tokenizer: Tokenizer, context: int) -> Transformer:
+    """A random model for a tokenizer."""
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -60,6 +60,18 @@ def tiny_served(context: int = 256, more_tokens: tuple[str, ...] = ()) -> Served
     )
     model = Transformer(config)
     initialise(model, 0)
+    return model
+
+
+def tiny_served(context: int = 256, more_tokens: tuple[str, ...] = ()) -> ServedModel:
+    """A random model of a real tokenizer's size.
+
+    Args:
+        more_tokens: control tokens that its tokenizer has besides the usual ones.
+    """
+    tokenizer = tiny_tokenizer(more_tokens)
+    model = tiny_model(tokenizer, context)
+    config = model.config
     if fits(config):
         packed = PackedModel(config, model.state_dict().__getitem__, "f32")
         engine: Engine | ServingEngine = ServingEngine(packed, ServingConfig(cache_bytes=max(1 << 22, context << 12)))

@@ -1,15 +1,18 @@
 """Bounds: each one changes what it says it changes, and is published as it is in force."""
 
+import re
 import socket
 import threading
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import httpx
 import pytest
 
 from shoal.errors import ServerError
 from shoal.server.limits import RequestLimits, limits_from
+from shoal.server.openapi import OPERATIONS
 from tests.server.conftest import run_server, tiny_served
 
 MESSAGES = [{"role": "user", "content": "how many fish?"}]
@@ -143,3 +146,13 @@ def test_limits_are_named_on_the_command_line():
     ]:
         with pytest.raises(ServerError, match=part):
             limits_from([pair])
+
+
+def test_the_operators_page_lists_every_limit_and_every_route():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([a-z_]+)` \| ([0-9.]+) \|", page, flags=re.MULTILINE))
+    assert {name: float(value) for name, value in listed.items()} == {
+        field.name: float(getattr(RequestLimits(), field.name)) for field in fields(RequestLimits)
+    }
+    routes = set(re.findall(r"^\| `(?:GET|POST) (\S+)`", page, flags=re.MULTILINE))
+    assert routes == {operation.path for operation in OPERATIONS}
