@@ -169,9 +169,8 @@ class EngineWorker:
     def end_all(self, message: str) -> None:
         """End every open request with an error; called from the event loop when a drain has lasted too long."""
         with self._inbox.mutex:
-            waiting = list(self._inbox.queue)
-        for ticket in [*waiting, *list(self._running.values())]:
-            ticket.deliver(ServerError(message))
+            waiting: list[Ticket] = list(self._inbox.queue)
+        _deliver([(ticket, ServerError(message)) for ticket in [*waiting, *list(self._running.values())]])
 
     def _supervise(self) -> None:
         """Keep the loop alive whatever happens in it."""

@@ -68,7 +68,8 @@ def test_a_killed_server_loses_no_finished_answer_and_a_stopped_one_ends_those_t
         httpx.Client(base_url=url, headers=headers, timeout=60) as client,
         client.stream("POST", "/v1/chat/completions", json=body(max_tokens=1500, n=8)) as endless,
     ):
-        running = next(events(endless))["id"]
+        endlessly = events(endless)  # kept: a generator that is dropped closes its response
+        running = next(endlessly)["id"]
         with client.stream("POST", "/v1/chat/completions", json=body(max_tokens=20)) as short:
             last = next(event for event in events(short) if event.get("usage"))
             first.send_signal(signal.SIGKILL)  # the client has its answer, and the server no time for anything
