@@ -21,6 +21,8 @@ from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 
 CARD = "shoal.json"
+BUNDLED = Path(__file__).parents[1] / "bundled"
+"""The model that comes with the package (`recipes/bundled.py` trained it; its card says what it can do)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +51,14 @@ class LoadedModel:
 
 
 def find_model(path: Path | None) -> Path:
-    """The model directory that `path` names; None means the newest run under `runs/`.
+    """The model directory that `path` names; None means the newest run under `runs/`, else the bundled model.
 
     Raises:
         CheckpointError: nothing there is a model; the message says what was looked for.
     """
     if path is None:
         runs = sorted(Path("runs").glob("*/model/config.json"), key=lambda file: file.stat().st_mtime)
-        if not runs:
-            raise CheckpointError(
-                "no model named and none under runs/; train one with 'shoal demo', or name a model directory."
-            )
-        return runs[-1].parent
+        return runs[-1].parent if runs else BUNDLED
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if not path.is_dir():
