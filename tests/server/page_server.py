@@ -150,7 +150,9 @@ def scripted_app(model: ScriptedModel, runs_dir: Path | None) -> FastAPI:
         return StreamingResponse(model.stream(body), media_type="text/event-stream")
 
     app.include_router(plan_router())
-    app.add_exception_handler(ShoalError, lambda _, error: error_response(400, str(error), "invalid_request_error"))
+    app.add_exception_handler(
+        ShoalError, lambda request, error: error_response(request, 400, str(error), "invalid_request_error")
+    )
     if runs_dir:
         app.include_router(run_pages.runs_router(runs_dir))
     app.mount("/web", StaticFiles(directory=WEB))
