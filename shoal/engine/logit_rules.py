@@ -96,7 +96,7 @@ def apply_rules(
     """The scores of one row after its rules; a new tensor."""
     score_V = score_V.clone()
     if constraint is not None:
-        score_V.masked_fill_(~constraint.mask(), BANNED)
+        _keep_to_form(score_V, constraint.mask())
     if rules is None:
         return score_V
     if len(generated_ids) < rules.min_tokens:
@@ -114,6 +114,13 @@ def apply_rules(
         score_V.fill_(BANNED)
         score_V[rules.end_think_id] = max(kept, 0.0)
     return score_V
+
+
+def _keep_to_form(score_V: Tensor, allowed_K: Tensor) -> None:
+    """Ban what the form does not allow. Embeddings are often padded beyond the tokenizer: those ids are never allowed."""
+    known = min(len(allowed_K), len(score_V))
+    score_V[known:] = BANNED
+    score_V[:known].masked_fill_(~allowed_K[:known], BANNED)
 
 
 def top_logprobs(score_NV: Tensor, count: int) -> list[list[tuple[int, float]]]:

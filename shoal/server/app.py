@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shoal import __version__
 from shoal.errors import RequestError, ShoalError
@@ -36,7 +37,7 @@ from shoal.server.responses import ResponseMemory, ResponsesAnswer
 from shoal.server.responses_schemas import ResponsesRequest
 from shoal.server.run_pages import runs_router
 from shoal.server.schemas import ChatRequest, DetokenizeRequest, TextRequest, TokenizeRequest
-from shoal.server.streaming import Answer, respond
+from shoal.server.streaming import CLIENT_LEFT, Answer, respond
 from shoal.server.turn import prompt_of
 
 WEB = Path(__file__).with_name("web")
@@ -269,6 +270,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(SlowBodyError)
     async def too_slow(request: Request, error: SlowBodyError) -> Response:
         return error_response(request, 408, str(error), "timeout_error")
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_LEFT)
 
     async def refused(request: Request, error: Exception) -> Response:
         refusal = refusal_of(error)

@@ -104,7 +104,7 @@ def _published(operation: Operation) -> dict[str, Any]:
     else:
         content = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # OpenAPI 3.1 has no words for the events of a stream
     errors = answers.MessagesErrorAnswer if operation.path.startswith("/v1/messages") else answers.ErrorAnswer
     refusals = sorted({*operation.refusals, *(() if operation.is_open else (401,))})
     entry: dict[str, Any] = {

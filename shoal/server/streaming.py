@@ -18,6 +18,8 @@ from shoal.server.errors import Refusal, refusal_of
 from shoal.server.events import error_body
 
 COMMENT = b": keep-alive\n\n"
+CLIENT_LEFT = 499
+"""The status that nobody reads: it stands in the log and the metrics (nginx's number)."""
 
 
 class Answer(Protocol):
@@ -38,7 +40,7 @@ async def respond(answer: Answer, request: Request, *, stream: bool, keep_alive_
     events = answer.events()
     first: asyncio.Future[Any] = asyncio.ensure_future(anext(events) if stream else answer.whole())
     if not await _first_wait(first, request, keep_alive_s):
-        return Response(status_code=499)
+        return Response(status_code=CLIENT_LEFT)
     if first.done() and first.exception() is not None:
         first.result()
     if stream:

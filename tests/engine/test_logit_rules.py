@@ -116,3 +116,17 @@ def test_top_logprobs_are_the_likeliest_in_order():
     expected = torch.tensor(SCORES).log_softmax(0)
     assert [token for token, _ in found] == [3, 0]
     assert [value for _, value in found] == pytest.approx([float(expected[3]), float(expected[0])])
+
+
+@pytest.mark.parametrize("padded", [0, 3])
+def test_ids_beyond_the_tokenizer_never_fit_a_form(padded):
+    class Form:
+        def mask(self):
+            return torch.tensor([True, False, True])
+
+        def advance(self, token_id):
+            raise AssertionError
+
+    score_V = torch.zeros(3 + padded)
+    found_V = apply_rules(score_V, None, Form(), prompt_ids=[], generated_ids=[], stop_ids=frozenset(), temperature=1.0)
+    assert (found_V == 0).nonzero().flatten().tolist() == [0, 2]
