@@ -91,11 +91,13 @@ def test_the_oldest_units_go_when_there_are_too_many_bytes(tmp_path):
     first.close()
     for age, file in enumerate(files(tmp_path)):
         os.utime(file, (time.time() - age * 10,) * 2)
-    kept = files(tmp_path)[:3]
+    by_age = files(tmp_path)
     second = opened(tmp_path, max_bytes=3 * (UNIT + HEADER_BYTES))
     second.sweep()
-    assert files(tmp_path) == kept
     second.close()
+    # The cache's own thread sweeps too, to a little below the bound: two or three are left, the youngest.
+    left = files(tmp_path)
+    assert len(left) in (2, 3) and left == by_age[: len(left)]
 
 
 def test_units_unused_for_too_long_go_and_a_hit_makes_them_young(tmp_path):

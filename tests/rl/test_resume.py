@@ -42,8 +42,16 @@ VARIETIES = {
 }
 
 
-def _train(run_dir, changes):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums are cut up by the number of threads: these runs take one, and other tests get theirs back."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _train(run_dir, changes):
     model = _model()
     train_grpo(model, _config(steps=6, checkpoint_every=2, **changes), PROBLEMS, PROMPTER, run_dir, rewards=REWARDS)
     return model.state_dict()
@@ -75,6 +83,7 @@ def _train_until_killed(where, run_dir, changes):
         store.save_file = _dying(store.save_file, 2)
     else:
         atomic._put_in_place = _dying(atomic._put_in_place, 2)
+    torch.set_num_threads(1)  # a process of its own
     _train(run_dir, changes)
 
 
