@@ -238,7 +238,7 @@ def _rl_section(run: RunRecord, rl: Mapping[str, Any]) -> str:
         f"Reward alone took pass@1 on held-out {rl['family']} problems from {rl['pass_at_1_before']:.1%} to "
         f"{_mean(rl['pass_at_1_after']):.1%} (mean of {len(rl['seeds'])} seeds). Of the {100 * total:.0f} points, "
         f"{100 * rl['gain_mode_choice']:.0f} are choosing to show the work more often (valued at the base's own accuracy when "
-        f"it does), and {100 * rl['gain_execution']:.0f} are the rest: working better. Reinforcement learning here amplifies a rare way of "
+        f"it does), and {round(100 * rl['gain_execution'])} are the rest: working better. Reinforcement learning here amplifies a rare way of "
         "working that the base already had; it does not create reasoning from nothing."
     )
     plots = [
