@@ -123,7 +123,7 @@ struct Inputs {
         }
         std::fill(to + width, to + group, static_cast<int8_t>(0));
         scales[row * groups + g] = bad ? NAN : top / 127.0f;
-        sums[row * groups + g] = sum;
+        sums[row * groups + g] = bad ? 0 : sum;  // codes of NaN are anything; the scale spoils the row
     }
 };
 
