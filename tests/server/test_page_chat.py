@@ -171,7 +171,7 @@ def test_settings_reach_the_request_and_wrong_ones_do_not(page, model):
     page.fill("#temperature", "5")
     assert "0 to 2" in page.inner_text("#temperature-note")
     page.keyboard.press("Escape")
-    assert not page.is_visible("#settings")
+    expect(page.locator("#settings")).to_be_hidden()
     ask(page, "hello")
     sent = model.requests[-1]
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -270,7 +270,8 @@ def test_an_answer_goes_on_while_another_conversation_is_open(page, model):
     model.answer, model.hold_after = "fish " * 20, 2
     start(page, "slow")
     page.click("#new-chat")
-    assert page.is_visible("#send") and page.locator("#conversations .busy").count() == 1
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#conversations .busy")).to_have_count(1)
     model.release()
     page.wait_for_selector("#conversations .busy", state="detached")
     page.click("#conversations .title >> text=slow")
@@ -387,7 +388,8 @@ def test_a_lost_server_is_noticed_and_so_is_its_return(browser, model):
         page.wait_for_selector("#suggestions button")
         page.route("**/*", lambda route: route.abort("connectionrefused"))
         ask(page, "are you there?")
-        assert "cannot be reached" in page.inner_text(".error") and page.is_visible("#connection")
+        expect(page.locator(".error")).to_contain_text("cannot be reached")
+        expect(page.locator("#connection")).to_be_visible()
         assert texts(page) == ["are you there?"]
         page.unroute("**/*")
         page.wait_for_selector("#connection", state="hidden")
@@ -480,7 +482,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(br
         assert page.evaluate("document.querySelector('#sidebar').inert")
         page.click("#open-sidebar")
         page.click("#new-chat")
-        assert page.evaluate("document.querySelector('#sidebar').inert") and page.is_visible("#welcome")
+        expect(page.locator("#welcome")).to_be_visible()
+        assert page.evaluate("document.querySelector('#sidebar').inert")
         page.click("#open-settings")
         assert page.evaluate("document.querySelector('#settings').getBoundingClientRect().right <= 360")
 

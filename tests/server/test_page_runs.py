@@ -89,7 +89,8 @@ def test_a_run_that_goes_on_is_drawn_on_without_a_reload(page, runs_dir):
     expect(page.locator(".now")).to_have_text("rl-0 · step 6")
     assert titles(page) == ["Loss", "Accuracy", "Reward", "MaxVio", "Expert load"]
     page.click("#to-chat")
-    assert page.is_visible("#chat") and not page.is_visible("#runs")
+    expect(page.locator("#chat")).to_be_visible()
+    expect(page.locator("#runs")).to_be_hidden()
 
 
 def test_a_server_without_runs_says_how_to_show_some(browser, tmp_path):
