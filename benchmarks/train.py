@@ -75,10 +75,10 @@ def measure(case: str, system: str) -> dict[str, float]:
 
     import torch
 
-    from shoal.cli import prepare_memory
+    from shoal.allocator import keep_memory
 
     if system.startswith("shoal"):
-        prepare_memory()
+        keep_memory()
     torch.manual_seed(0)
     rate = rollout_rate(system) if case == "rollout" else training_rate(case, system)
     return {"tokens_per_s": rate, "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}

@@ -100,8 +100,8 @@ def prompt_words(number: int) -> list[int]:
 
 def run_shoal(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
     """Whole steps of `train_grpo`, metrics and all."""
+    from shoal.allocator import keep_memory
     from shoal.checkpoint.hf_format import load_model
-    from shoal.cli import prepare_memory
     from shoal.log import read_metrics
     from shoal.model.transformer import Transformer
     from shoal.rl.grpo import train_grpo
@@ -111,7 +111,7 @@ def run_shoal(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
     from shoal.rl.tasks import Problem
     from shoal.training.optimizer import OptimizerConfig
 
-    prepare_memory()  # as every shoal command does
+    keep_memory()  # as every shoal command does
     config, state = load_model(path)
     model = Transformer(config)
     model.load_state_dict(state)

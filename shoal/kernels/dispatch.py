@@ -14,6 +14,8 @@ from shoal.kernels import reference
 from shoal.kernels.cpu.build import library
 
 LOW_OR_SINGLE = (torch.float32, torch.bfloat16)
+LANES = 16
+"""Widths of bfloat16 products are multiples of this."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -93,18 +95,26 @@ def cross_entropy_rows_(score_MV: Tensor, label_M: Tensor) -> tuple[Tensor, Tens
 
 
 def document_attention(
-    query_BSHQ: Tensor, key_BSHQ: Tensor, value_BSHU: Tensor, first_BS: Tensor, scale: float
+    query_BSHQ: Tensor,
+    key_BSHQ: Tensor,
+    value_BSHU: Tensor,
+    first_BS: Tensor,
+    scale: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
     """Attention of each position to positions `first_BS` up to itself; None when no kernel fits (use fused attention).
 
     Args:
         first_BS: int64, `0 <= first_BS[b, s] <= s`: where the document of position s begins in its row.
+        dtype: of the products; bfloat16 is taken where the processor multiplies it, sums and softmax stay float32.
     Returns:
         `[B, S, H, U]`.
     """
     if not _fits(query_BSHQ, key_BSHQ) or value_BSHU.dtype != torch.float32:
         return None
-    out: Tensor = _DocumentAttention.apply(query_BSHQ, key_BSHQ, value_BSHU, first_BS, scale)
+    even = query_BSHQ.shape[-1] % LANES == 0 and value_BSHU.shape[-1] % LANES == 0
+    low = dtype == torch.bfloat16 and even and bool(library().shoal_multiplies_bf16())  # type: ignore[union-attr]
+    out: Tensor = _DocumentAttention.apply(query_BSHQ, key_BSHQ, value_BSHU, first_BS, scale, "_bf16" if low else "")
     return out
 
 
@@ -147,7 +157,9 @@ class _RMSNorm(torch.autograd.Function):
 
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, first_BS: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, first_BS: Tensor, scale: float, form: str
+    ) -> Tensor:
         batch, length, heads, qk_width = query.shape
         v_width = value.shape[-1]
         value, step = _evenly_spaced_heads(value)
@@ -156,18 +168,18 @@ class _DocumentAttention(torch.autograd.Function):
         log_sum = query.new_empty(batch, heads, length)
         sizes = [_int(size) for size in (batch, length, heads, qk_width, v_width, step)]
         arrays = (query, key, value, first_BS, out, log_sum)
-        _kernel("document_attention_forward")(*(_at(array) for array in arrays), *sizes, ctypes.c_float(scale))
+        _kernel("document_attention_forward" + form)(*(_at(array) for array in arrays), *sizes, ctypes.c_float(scale))
         ctx.save_for_backward(query, key, value, first_BS, out, log_sum)
-        ctx.sizes, ctx.scale = sizes, scale
+        ctx.sizes, ctx.scale, ctx.kernel = sizes, scale, "document_attention_backward" + form
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, first_BS, out, log_sum = ctx.saved_tensors
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(out)
         arrays = (grads[0].contiguous(), query, key, value, first_BS, out, log_sum, grad_query, grad_key, grad_value)
-        _kernel("document_attention_backward")(*(_at(array) for array in arrays), *ctx.sizes, ctypes.c_float(ctx.scale))
-        return grad_query, grad_key, grad_value, None, None
+        _kernel(ctx.kernel)(*(_at(array) for array in arrays), *ctx.sizes, ctypes.c_float(ctx.scale))
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def _evenly_spaced_heads(value_BSHU: Tensor) -> tuple[Tensor, int]:

@@ -33,6 +33,18 @@ def expand_keys(up_BTHX: Tensor, shared_BTR: Tensor, plain: int) -> tuple[Tensor
     return key, value
 
 
+def latent_entries(down_BSW: Tensor, weight_C: Tensor, rotation_BSP: Tensor, eps: float) -> Tensor | None:
+    """What the latent cache keeps: the first C columns normed, the rest turned pair by pair. None: does not fit."""
+    if not _fits(down_BSW) or rotation_BSP.dtype != torch.complex64 or not rotation_BSP.is_contiguous():
+        return None
+    if down_BSW.shape[-1] - len(weight_C) != 2 * rotation_BSP.shape[-1] or down_BSW.shape[:2] != rotation_BSP.shape[:2]:
+        return None
+    if weight_C.dtype != torch.float32:
+        return None
+    out: Tensor = _LatentEntries.apply(down_BSW, weight_C, torch.view_as_real(rotation_BSP), eps)
+    return out
+
+
 class _RotateTails(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSHQ: Tensor, rotation_BSPX: Tensor, plain: int) -> Tensor:
@@ -62,6 +74,27 @@ class _ExpandKeys(torch.autograd.Function):
         grad_up, grad_shared = (grads[0].new_empty(shape) for shape in ctx.shapes)
         call("expand_keys_backward", grads[0].contiguous(), grads[1].contiguous(), grad_up, grad_shared, *ctx.sizes)
         return grad_up, grad_shared, None
+
+
+class _LatentEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, down_BSW: Tensor, weight_C: Tensor, rotation_BSPX: Tensor, eps: float) -> Tensor:
+        batch, length, width = down_BSW.shape
+        ctx.sizes = (batch * length, len(weight_C), width - len(weight_C))
+        entry_BSW, inverse_rms = torch.empty_like(down_BSW), down_BSW.new_empty(batch * length)
+        call(
+            "latent_entries", down_BSW, weight_C, rotation_BSPX, entry_BSW, inverse_rms, *ctx.sizes, ctypes.c_float(eps)
+        )
+        ctx.save_for_backward(down_BSW, weight_C, rotation_BSPX, inverse_rms)
+        return entry_BSW
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        down_BSW, weight_C, rotation_BSPX, inverse_rms = ctx.saved_tensors
+        grad_down, grad_weight = torch.empty_like(down_BSW), torch.zeros_like(weight_C)
+        given = (grads[0].contiguous(), down_BSW, weight_C, rotation_BSPX, inverse_rms, grad_down, grad_weight)
+        call("latent_entries_backward", *given, *ctx.sizes)
+        return grad_down, grad_weight, None, None
 
 
 def _turned(x_BSHQ: Tensor, rotation_BSPX: Tensor, plain: int, sign: float) -> Tensor:

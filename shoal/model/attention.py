@@ -1,10 +1,11 @@
 """Attention itself: queries, keys and values of equal heads, through whatever is fastest for their shape.
 
 Packed rows of short documents go through our CPU kernel, which only computes inside each document; everything else goes
-through PyTorch's fused attention. Always in the dtype of its inputs (float32 in training): the published recipe keeps the
-attention core in high precision, and on CPUs its bfloat16 form is also slower.
+through PyTorch's fused attention. High precision, as the published recipe has it: float32 softmax and sums everywhere, and
+products in float32, or in bfloat16 by our kernel where the layer's products are (PyTorch's bfloat16 form is slower on CPUs).
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -15,11 +16,19 @@ KERNEL_UP_TO_POSITIONS = 512
 """Rows longer than this go to the fused kernel, whose tiles pay off there."""
 
 
-def attend(query_BSHQ: Tensor, key_BTHQ: Tensor, value_BTHU: Tensor, visibility: Visibility, scale: float) -> Tensor:
-    """Softmax attention, `[B, S, H, U]`."""
+def attend(
+    query_BSHQ: Tensor,
+    key_BTHQ: Tensor,
+    value_BTHU: Tensor,
+    visibility: Visibility,
+    scale: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Softmax attention, `[B, S, H, U]`; `dtype` is what the products may be taken in."""
     first_BS = visibility.first_BS
     if first_BS is not None and query_BSHQ.shape[1] <= KERNEL_UP_TO_POSITIONS:
-        mixed_BSHU = document_attention(query_BSHQ.contiguous(), key_BTHQ.contiguous(), value_BTHU, first_BS, scale)
+        heads = (query_BSHQ.contiguous(), key_BTHQ.contiguous(), value_BTHU)
+        mixed_BSHU = document_attention(*heads, first_BS, scale, dtype)
         if mixed_BSHU is not None:
             return mixed_BSHU
     mask_BST = visibility.mask_BST

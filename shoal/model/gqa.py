@@ -21,6 +21,7 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
+        self.compute_dtype: torch.dtype | None = None
         width = config.gqa_head_dim
         self.q_proj = Linear(config.hidden_size, config.num_attention_heads * width)
         self.k_proj = Linear(config.hidden_size, config.kv_heads * width)
@@ -46,5 +47,5 @@ class GroupedQueryAttention(nn.Module):
         shared = self.config.num_attention_heads // self.config.kv_heads
         key_BTHQ = key_BTW.unflatten(-1, (-1, width)).repeat_interleave(shared, dim=2)
         value_BTHQ = value_BTW.unflatten(-1, (-1, width)).repeat_interleave(shared, dim=2)
-        mixed_BSHQ = attend(query_BSHQ, key_BTHQ, value_BTHQ, visibility, width**-0.5)
+        mixed_BSHQ = attend(query_BSHQ, key_BTHQ, value_BTHQ, visibility, width**-0.5, self.compute_dtype)
         return self.o_proj(mixed_BSHQ.flatten(2))

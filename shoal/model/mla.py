@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.config import ModelConfig
-from shoal.kernels.heads import expand_keys, rotate_tails
+from shoal.kernels.heads import expand_keys, latent_entries, rotate_tails
 from shoal.model.attention import attend
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import Linear, RMSNorm
@@ -45,6 +45,7 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(num_heads * config.v_head_dim, hidden, after_attention=True)
         yarn = config.rope_scaling
         self.softmax_scale = config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0)
+        self.compute_dtype: torch.dtype | None = None
         self.recompute = False
         """Keep the latents for backward, and compute what comes from them again (DeepSeek-V3 §3.2.3)."""
 
@@ -98,6 +99,9 @@ class LatentAttention(nn.Module):
 
     def _latents(self, down_BSW: Tensor, rotation_BSP: Tensor) -> Tensor:
         """What the cache keeps: normed latent and rotated shared key, `[B, S, C + R]`."""
+        entry_BSW = latent_entries(down_BSW, self.kv_a_layernorm.weight, rotation_BSP, LATENT_NORM_EPS)
+        if entry_BSW is not None:
+            return entry_BSW
         latent_BSC, key_BSR = down_BSW.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         key_BSR = rotate_interleaved(key_BSR.unsqueeze(2), rotation_BSP).squeeze(2)
         return torch.cat([self.kv_a_layernorm(latent_BSC), key_BSR], dim=-1)
@@ -109,11 +113,11 @@ class LatentAttention(nn.Module):
         up_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
         expanded = expand_keys(up_BTHX, key_BTR, config.qk_nope_head_dim)
         if expanded is not None:
-            return attend(query_BSHQ, *expanded, visibility, self.softmax_scale).flatten(2)
+            return attend(query_BSHQ, *expanded, visibility, self.softmax_scale, self.compute_dtype).flatten(2)
         plain_BTHN, value_BTHU = up_BTHX.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         rotary_BTHR = key_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
         key_BTHQ = torch.cat([plain_BTHN, rotary_BTHR], dim=-1)
-        return attend(query_BSHQ, key_BTHQ, value_BTHU, visibility, self.softmax_scale).flatten(2)
+        return attend(query_BSHQ, key_BTHQ, value_BTHU, visibility, self.softmax_scale, self.compute_dtype).flatten(2)
 
     def _absorbed(self, query_BSHQ: Tensor, cached_BTW: Tensor, visibility: Visibility) -> Tensor:
         """Attend to the latents themselves: the key up-projection goes into the query, the value one into the output."""

@@ -24,6 +24,7 @@ from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.rewards import R1_ZERO_REWARDS, WeightedReward, format_reward, random_reward
+from shoal.rl.rollout import Prompter, SecondQuestion
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import problems
 from shoal.training.loop import TrainingConfig
@@ -58,7 +59,9 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
     """The recipe `demo`: about 13 minutes on two cores; `quick`: under 3."""
     steps = 400 if quick else 1100
     config = DemoConfig(
-        corpus=CorpusConfig(documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15),
+        corpus=CorpusConfig(
+            documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15, history_share=0.15
+        ),
         model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
         pretraining=TrainingConfig(
             steps=steps,
@@ -247,6 +250,14 @@ class _Demo:
         write_json(self.dir / f"skill-{name}.json", skill.to_dict())
         self.models.save(name, model)
         facts["result"] = skill.describe()
+        if name == f"rl-{self.config.rl_seeds[0]}":
+            second = self._measure(model, SecondQuestion(self.models.prompter(), self._told_before()))
+            write_json(self.dir / "skill-second-question.json", second.to_dict())
+            facts["result"] += f"; asked as the second question of a conversation: pass@1 {second.pass_at['1']:.1%}"
+
+    def _told_before(self) -> Problem:
+        """A first question, from the problems that reinforcement learning asked."""
+        return problems(self.task, "rl", 1, self.config.corpus.difficulty, seed=0)[0]
 
     def _write_evaluation(self) -> None:
         """Gather the skill files into evaluation.json."""
@@ -268,6 +279,7 @@ class _Demo:
             "problems": len(held_out),
             "before": base,
             "after": after,
+            "second_question": self._skill("second-question"),
             "controls": controls,
             "samples": samples,
         }
@@ -287,10 +299,10 @@ class _Demo:
         }
         self.models.export(f"rl-{self.config.rl_seeds[0]}", card)
 
-    def _measure(self, model: Transformer) -> SkillReport:
+    def _measure(self, model: Transformer, prompter: Prompter | None = None) -> SkillReport:
         return measure_skill(
             Engine(model),
-            self.models.prompter(),
+            prompter or self.models.prompter(),
             self._held_out(),
             samples_per_problem=self.config.samples_per_problem,
             max_tokens=self.config.max_answer_tokens,

@@ -8,10 +8,11 @@ none (R1 supplement A.1). Beside problems there are plain lines of arithmetic, a
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.errors import ConfigError
 from shoal.rl.tasks import TASKS, Problem, Task
+from shoal.rl.tasks.answers import parse_response
 from shoal.rl.tasks.splits import split_of
 
 
@@ -27,13 +28,15 @@ class CorpusConfig:
     """Share of problems that show their work; 0 is the control without worked solutions."""
     arithmetic_share: float = 0.15
     """Share of documents that are plain lines of sums."""
+    history_share: float = 0.0
+    """Share of the problems that are asked as the second question of a conversation."""
     documents: int = 60_000
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.family not in TASKS:
             raise ConfigError(f"family={self.family!r} is unknown; known: {', '.join(sorted(TASKS))}.")
-        for name in ("easier_share", "worked_share", "arithmetic_share"):
+        for name in ("easier_share", "worked_share", "arithmetic_share", "history_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1.")
 
@@ -55,8 +58,16 @@ def write_corpus(config: CorpusConfig) -> Iterator[Document]:
     for _ in range(config.documents):
         if rng.random() < config.arithmetic_share:
             yield Document(question=None, response=arithmetic_lines(rng))
-        else:
-            yield _answered_problem(task, config, rng)
+            continue
+        document = _answered_problem(task, config, rng)
+        asked_before = config.history_share > 0 and rng.random() < config.history_share
+        yield replace(document, history=(told(_answered_problem(task, config, rng)),)) if asked_before else document
+
+
+def told(document: Document) -> tuple[str, str]:
+    """A turn as a client sends it back: no thinking, no tags."""
+    parsed = parse_response(document.response)
+    return document.question or "", parsed.answer if parsed else document.response.partition("</think>")[2]
 
 
 def respond(task: Task, problem: Problem, *, worked: bool) -> str:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from shoal.errors import ConfigError
 from shoal.recipes.phrasings import rephrase
-from shoal.recipes.problem_corpus import Document, arithmetic_lines, respond
+from shoal.recipes.problem_corpus import Document, arithmetic_lines, respond, told
 from shoal.recipes.small_talk import small_talk
 from shoal.rl.tasks import TASKS
-from shoal.rl.tasks.answers import parse_response
 from shoal.rl.tasks.splits import split_of
 
 
@@ -59,7 +58,7 @@ def write_mixture(config: MixtureConfig) -> Iterator[Document]:
             continue
         document = _turn(config, rng)
         turns = rng.randint(1, 2) if rng.random() < config.history_share else 0
-        yield replace(document, history=tuple(_told(_turn(config, rng)) for _ in range(turns)))
+        yield replace(document, history=tuple(told(_turn(config, rng)) for _ in range(turns)))
 
 
 def _turn(config: MixtureConfig, rng: random.Random) -> Document:
@@ -68,12 +67,6 @@ def _turn(config: MixtureConfig, rng: random.Random) -> Document:
         return Document(question=question, response=f"<think></think>{reply}")
     weights = [share.weight for share in config.shares]
     return _problem(rng.choices(config.shares, weights)[0], config.worked_share, rng)
-
-
-def _told(document: Document) -> tuple[str, str]:
-    """A turn as a client sends it back: no thinking, no tags."""
-    parsed = parse_response(document.response)
-    return document.question or "", parsed.answer if parsed else document.response.partition("</think>")[2]
 
 
 def _problem(share: Share, worked_share: float, rng: random.Random) -> Document:

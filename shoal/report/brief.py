@@ -253,6 +253,8 @@ def _rl_section(run: RunRecord, rl: Mapping[str, Any]) -> str:
 
 def _skill_table(run: RunRecord) -> str:
     rows = [("base", run.evaluation["before"])] + [(f"seed {one['seed']}", one) for one in run.evaluation["after"]]
+    if second := run.evaluation.get("second_question"):
+        rows.append((f"seed {run.evaluation['after'][0]['seed']}, as a second question", second))
     for control in run.evaluation.get("controls", []):
         rows += [
             (f"control: {control['name']}, before", control["before"]),

@@ -63,13 +63,28 @@ class Prompter:
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
         """The question as one user turn, ready for the assistant."""
-        messages = [{"role": "user", "content": problem.prompt}]
+        return self.conversation_ids([{"role": "user", "content": problem.prompt}])
+
+    def conversation_ids(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        """A conversation, ready for the assistant."""
         return tuple(self.template.encode(self.tokenizer, messages, add_generation_prompt=True))
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Answer text with think and answer tags spelled out, without the end token."""
         ids = [token for token in token_ids if token != self.tokenizer.eos_token_id]
         return self.tokenizer.decode(ids, skip_special=False)
+
+
+class SecondQuestion(Prompter):
+    """Asks every problem after another one that was answered right: what a chat is from its second turn on."""
+
+    def __init__(self, prompter: Prompter, first: Problem) -> None:
+        super().__init__(prompter.tokenizer, prompter.template)
+        self.first = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.answer}]
+
+    def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
+        """The question as the second user turn."""
+        return self.conversation_ids([*self.first, {"role": "user", "content": problem.prompt}])
 
 
 def sample_rollouts(

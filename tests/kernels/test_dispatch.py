@@ -91,6 +91,34 @@ def test_document_attention_equals_its_definition(name, heads, qk_width, v_width
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
+@needs_library
+@pytest.mark.parametrize("name", [*CASES, "long"])
+@pytest.mark.parametrize("heads, qk_width, v_width", [(1, 16, 16), (2, 48, 32), (1, 80, 112)])
+def test_document_attention_with_bfloat16_products_is_the_definition_on_rounded_inputs(name, heads, qk_width, v_width):
+    if not library().shoal_multiplies_bf16():
+        pytest.skip("this processor does not multiply bfloat16")
+    torch.manual_seed(0)
+    long = [[0] * 70 + [70] * 90 + list(range(160, 167)), [0] * 167]
+    first_BS = torch.tensor({**CASES, "long": long}[name])
+    batch, length = first_BS.shape
+
+    def rounded(*shape):
+        return torch.randn(*shape).bfloat16().float()
+
+    query, key = (rounded(batch, length, heads, qk_width).requires_grad_() for _ in range(2))
+    wide = rounded(batch, length, heads, v_width + 16).requires_grad_()
+    grad = rounded(batch, length, heads, v_width)
+    arguments = (query, key, wide[..., 16:], first_BS, qk_width**-0.5)
+    fast, slow = document_attention(*arguments, torch.bfloat16), reference.document_attention(*arguments)
+    assert name != "long" or not torch.equal(fast, document_attention(*arguments))  # it is another kernel
+    # The weights, and the score gradients, are rounded to 8 bits on the way.
+    assert (fast - slow).abs().max() < 2**-7 * slow.abs().max()
+    for a, b in zip(
+        torch.autograd.grad(fast, (query, key, wide), grad), torch.autograd.grad(slow, (query, key, wide), grad)
+    ):
+        assert (a - b).norm() < 2**-8 * b.norm() + 1e-6 * grad.norm()
+
+
 PROBE = "import torch; from shoal.kernels.cpu.build import library; from shoal.kernels.dispatch import rms_norm; \
 print(library() is None, float(rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)[0, 0]))"
 

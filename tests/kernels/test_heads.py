@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from shoal.kernels.cpu.build import library
-from shoal.kernels.heads import expand_keys, rotate_tails
+from shoal.kernels.heads import expand_keys, latent_entries, rotate_tails
+from shoal.kernels.reference import rms_norm
 from shoal.model.rope import rotate_interleaved
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the PyTorch path does this work")
@@ -41,8 +42,22 @@ def test_expanded_keys_equal_cutting_and_joining():
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
+def test_latent_entries_equal_norm_rotation_and_join():
+    torch.manual_seed(2)
+    C, eps = 11, 1e-6
+    down, weight = torch.randn(B, S, C + R, requires_grad=True), torch.randn(C, requires_grad=True)
+    rotation = torch.polar(torch.full((B, S, R // 2), 1.3), torch.randn(B, S, R // 2))
+    latent, key = down.split([C, R], dim=-1)
+    expected = torch.cat([rms_norm(latent, weight, eps), rotate_interleaved(key.unsqueeze(2), rotation).squeeze(2)], -1)
+    got = latent_entries(down, weight, rotation, eps)
+    assert torch.allclose(got, expected, atol=1e-6)
+    for mine, theirs in zip(gradients([got], down, weight), gradients([expected], down, weight)):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
 def test_what_does_not_fit_is_left_to_pytorch():
     rotation = torch.polar(torch.ones(B, S, R // 2), torch.zeros(B, S, R // 2))
     assert rotate_tails(torch.zeros(B, S, H, N + R).double(), rotation, N) is None
     assert rotate_tails(torch.zeros(B, S, H, N + R), rotation, N + 1) is None
+    assert latent_entries(torch.zeros(B, S, 5 + R), torch.ones(4), rotation, 1e-6) is None
     assert expand_keys(torch.zeros(B, S, H, N + U).transpose(1, 2), torch.zeros(B, H, R), N) is None

@@ -62,6 +62,7 @@ def test_the_recipe_runs_resumes_and_reports(tmp_path):
     assert report["rl"]["seeds"] == [0, 1] and len(report["rl"]["pass_at_1_after"]) == 2
     page = result.report.read_text()
     assert "http://" not in page and "https://" not in page and "control: random reward" in page
+    assert "seed 0, as a second question" in page
     assert (result.model_dir / "tokenizer.json").is_file() and (result.model_dir / "shoal.json").is_file()
     metrics = (directory / "metrics.jsonl").read_text()
     run_demo(directory, micro_config(), controls=True)

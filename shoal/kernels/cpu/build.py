@@ -27,6 +27,8 @@ ABI_VERSION = 2
 FOLDER = Path(__file__).parent
 SOURCES = (
     "kernels.cpp",
+    "document_attention.cpp",
+    "document_attention_bf16.cpp",
     "linear.cpp",
     "experts.cpp",
     "head.cpp",
@@ -37,6 +39,7 @@ SOURCES = (
 )
 HEADERS = (
     "simd.h",
+    "norms.h",
     "products.h",
     "cross_entropy.h",
     "packed.h",

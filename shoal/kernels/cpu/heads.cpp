@@ -1,11 +1,14 @@
 // Queries and keys of latent attention put together in one pass: the rotary tail of each head turned, the shared rotary key
-// copied to every head, keys and values cut out of their common up-projection. And the same backwards.
+// copied to every head, keys and values cut out of their common up-projection, the cache's entry made of a normed latent and
+// a turned key. And the same backwards.
 //
 // Reference: model/rope.py and model/mla.py through PyTorch; compared in tests/kernels/test_heads.py.
 
-#include "simd.h"
+#include "norms.h"
 
 namespace {
+
+using namespace shoal;
 
 // Pairs (a, b) turned by (cos, sin); `sign` -1 turns back, which is also the gradient.
 inline void rotate(const float* x, const float* rotation, int64_t rotary, float sign, float* out) {
@@ -69,6 +72,34 @@ void expand_keys_backward(const float* grad_key, const float* grad_value, float*
             }
         }
     }
+}
+
+// down, entry: [tokens][latent + rotary]. The latent is normed, the rest turned; inverse_rms is kept for the backward pass.
+void latent_entries(const float* down, const float* weight, const float* rotation, float* entry, float* inverse_rms, int64_t tokens,
+                    int64_t latent, int64_t rotary, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t at = t * (latent + rotary);
+        inverse_rms[t] = norm_row(down + at, weight, entry + at, latent, eps);
+        rotate(down + at + latent, rotation + t * rotary, rotary, 1.0f, entry + at + latent);
+    }
+}
+
+// grad_weight must come in zeroed.
+void latent_entries_backward(const float* grad, const float* down, const float* weight, const float* rotation, const float* inverse_rms,
+                             float* grad_down, float* grad_weight, int64_t tokens, int64_t latent, int64_t rotary) {
+    ThreadSums sums(latent);
+#pragma omp parallel
+    {
+        float* mine = sums.mine();
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; ++t) {
+            const int64_t at = t * (latent + rotary);
+            norm_row_backward(grad + at, down + at, weight, inverse_rms[t], grad_down + at, mine, latent);
+            rotate(grad + at + latent, rotation + t * rotary, rotary, -1.0f, grad_down + at + latent);
+        }
+    }
+    sums.add_to(grad_weight);
 }
 
 }  // extern "C"

@@ -29,7 +29,7 @@ constexpr int64_t PAIR = 2 * LANES;   // bfloat16 in one vector of pairs
 template <typename T>
 struct Buffer {
     explicit Buffer(int64_t size) : data(new T[static_cast<size_t>(size)]) {}
-    T* get() { return data.get(); }
+    T* get() const { return data.get(); }
     std::unique_ptr<T[]> data;
 };
 
@@ -108,13 +108,16 @@ inline void put_pairs(bf16* to, const bf16* first, const bf16* second) {
     std::memcpy(to, &joined, sizeof joined);
 }
 
-// A block as columns: `columns` points at its first pair, panels lie `panel_step` apart. Rows beyond `rows` up to an even
-// number must be clear.
-inline void block_to_columns(const bf16* block, int64_t width, int64_t rows, bf16* columns, int64_t panel_step) {
-    const int64_t stride = row_stride(width);
+// Rows, `stride` apart, as columns: `columns` points at its first pair, panels lie `panel_step` apart. Rows beyond `rows` up to
+// an even number must be clear.
+inline void block_to_columns(const bf16* block, int64_t stride, int64_t width, int64_t rows, bf16* columns, int64_t panel_step) {
     for (int64_t r = 0; r < rows; r += 2)
         for (int64_t d = 0; d < width; d += LANES)
             put_pairs(columns + d / LANES * panel_step + r / 2 * PAIR, block + r * stride + d, block + (r + 1) * stride + d);
+}
+
+inline void block_to_columns(const bf16* block, int64_t width, int64_t rows, bf16* columns, int64_t panel_step) {
+    block_to_columns(block, row_stride(width), width, rows, columns, panel_step);
 }
 
 struct Range {
