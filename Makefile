@@ -3,29 +3,39 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BASE := $(VENV)/.base
 STAMP := $(VENV)/.ready
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 DEMO_FLAGS := $(if $(QUICK),--quick --run-dir runs/demo-quick) $(if $(NO_SERVE),--no-serve)
 
 .PHONY: setup demo test lint bench docs sanitize clean
 
-setup: $(STAMP)
-
-$(STAMP): pyproject.toml
+# Everything that training, serving and chatting need.
+$(BASE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "python 3.10 or newer is needed; set PYTHON=")'
-	@echo "setting up $(VENV): about two minutes the first time"
+	@echo "setting up $(VENV): about a minute the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and pinned: a looser requirement would pull gigabytes of CUDA packages
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 2>&1 | grep -v WARNING || true
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) 'torch==2.13.0' 2>&1 | grep -v WARNING || true
 	@$(BIN)/python -c 'import torch' || { echo "torch 2.13.0 could not be installed; install torch into $(VENV) by hand, then run make again"; exit 2; }
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]' 2>&1 | grep -v WARNING || true
-	@$(BIN)/python -c 'import shoal, fastapi, transformers, pytest'
+	@$(PIP) --editable . 2>&1 | grep -v WARNING || true
+	@$(BIN)/python -c 'import shoal, fastapi'
+	@$(BIN)/python -c 'from shoal.kernels.cpu.build import library; print("cpu kernels:", "built" if library() else "not built")'
+	@touch $(BASE)
+
+# And what the tests compare with: transformers, official clients, a browser.
+setup: $(STAMP)
+
+$(STAMP): $(BASE)
+	@echo "adding what the tests need: about a minute the first time"
+	@$(PIP) --editable '.[dev]' 2>&1 | grep -v WARNING || true
+	@$(BIN)/python -c 'import shoal, transformers, pytest'
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
 	  echo "installing chromium for the browser tests"; \
 	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1 || echo "no chromium: browser tests will be skipped"; fi
-	@$(BIN)/python -c 'from shoal.kernels.cpu.build import library; print("cpu kernels:", "built" if library() else "not built")'
 	@touch $(STAMP)
 
-demo: setup
+demo: $(BASE)
 	$(BIN)/shoal demo $(DEMO_FLAGS)
 
 test: setup
