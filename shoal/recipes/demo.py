@@ -57,10 +57,10 @@ class DemoConfig:
 
 def demo_config(*, quick: bool = False) -> DemoConfig:
     """The recipe `demo`: about 13 minutes on two cores; `quick`: under 3."""
-    steps = 400 if quick else 1100
+    steps = 450 if quick else 1100
     config = DemoConfig(
         corpus=CorpusConfig(
-            documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15, history_share=0.15
+            documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15, history_share=0.1
         ),
         model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
         pretraining=TrainingConfig(
