@@ -174,3 +174,11 @@ def test_a_plan_never_loads_torch():
     program = "import sys; from shoal.cli import main; sys.argv = ['shoal', 'plan', 'v3', '--json']; main.__globals__['app'](standalone_mode=False); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert done.returncode == 0
+
+
+def test_a_narrow_terminal_gets_lines_that_fit_and_whole_meanings():
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", "v3", "--tokens", "14.8T"], catch_exceptions=False)
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert "parameters of multi-token-prediction modules" in lines
+    assert any(line.startswith("training_usd ") and line.count("USD") >= 1 for line in lines)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 
 from shoal.planner.claims.claim import Claim
@@ -20,6 +21,9 @@ from shoal.planner.plan.sizes import parameters_by_part
 from shoal.planner.plan.whole import Plan
 from shoal.recipes.planned_run import PlannedRun
 
+WIDE_COLUMNS = 120
+"""From here on a figure, its range and what it means fit on one line."""
+
 
 def show_plan(plan: Plan) -> None:
     """Print every section."""
@@ -30,16 +34,33 @@ def show_plan(plan: Plan) -> None:
         hardware = f"{question.cluster.device.name}, as many as it takes; name your own with --fit"
     console.print(f"[bold]{_plain(question.model.name)}[/] on {_plain(hardware)}")
     for title, figures in plan.sections.items():
-        table = _table(title)
-        for figure in figures:
-            table.add_row(figure.name, readable(figure), _range(figure), figure.label)
-        console.print(table)
+        _show_figures(console, title, figures)
         for line in _parts(plan, title):
             console.print(f"  [dim]{line}[/]")
     notes = {figure.note for figure in plan.figures.values() if figure.note}
     for note in sorted(notes):
         console.print(f"[dim]note: {_plain(note)}[/]")
     console.print("[dim]--explain NAME shows formula, inputs and sources; --set KEY=VALUE changes an assumption.[/]")
+
+
+def _show_figures(console: Console, title: str, figures: Sequence[Figure]) -> None:
+    """A figure a line; where the terminal is too narrow for what it means, that stands on a line of its own."""
+    if console.width >= WIDE_COLUMNS:
+        table = _table(title)
+        for figure in figures:
+            table.add_row(figure.name, readable(figure), _range(figure), figure.label)
+        console.print(table)
+        return
+    console.print(f"[bold]{title}[/]")
+    name_width = max(len(figure.name) for figure in figures)
+    value_width = max(len(readable(figure)) for figure in figures)
+    for figure in figures:
+        line = f"  {figure.name:<{name_width}}  {readable(figure):>{value_width}}"
+        spread = _range(figure)
+        console.print(f"{line}  {spread}" if len(line) + len(spread) + 2 <= console.width else line)
+        told_apart = spread and len(line) + len(spread) + 2 > console.width
+        console.print(Padding(f"[dim]{_plain(figure.label)}{f'; {spread}' if told_apart else ''}[/]", (0, 0, 0, 4)))
+    console.print()
 
 
 def readable(figure: Figure) -> str:
@@ -92,7 +113,9 @@ def _share_of(parts: Mapping[str, int], unit: str) -> str:
 def _range(figure: Figure) -> str:
     if figure.low is None or figure.high is None:
         return ""
-    return f"{amount(figure.low, figure.unit)} to {amount(figure.high, figure.unit)}"
+    low, high = amount(figure.low, figure.unit), amount(figure.high, figure.unit)
+    unit = high.partition(" ")[2]
+    return f"{low.removesuffix(' ' + unit) if unit else low} to {high}"
 
 
 def _table(title: str) -> Table:

@@ -57,7 +57,7 @@ def unit_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(previous + tokens, digest_size=KEY_BYTES).digest()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Unit:
     page: int
     parent: bytes | None

@@ -1,6 +1,7 @@
 """From question-and-answer documents to a trained model: tokenizer, shards with the questions masked, one training stage."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from shoal.text.shards import Shards, ShardWriter
 from shoal.text.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, Tokenizer
 from shoal.training.evaluate import evaluate, token_byte_lengths
 from shoal.training.loop import TrainingConfig, TrainingResult, train
+
+DOCUMENTS_AT_ONCE = 4096
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
@@ -27,20 +30,26 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer
 
 
 def write_documents(
-    directory: Path, documents: Sequence[Document], tokenizer: Tokenizer, template: ChatTemplate
+    directory: Path, documents: Iterable[Document], tokenizer: Tokenizer, template: ChatTemplate
 ) -> int:
-    """Shard documents; questions carry no loss. Returns the number of tokens."""
+    """Shard documents; questions carry no loss. Returns the number of tokens.
+
+    They are taken some thousands at a time, so a generator's worth never lies in memory.
+    """
     writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest)
     before, after = template.frame(tokenizer)
-    questions = tokenizer.encode_batch([document.question or "" for document in documents])
-    responses = tokenizer.encode_batch([document.response for document in documents], allow_special=True)
-    for document, question, response in zip(documents, questions, responses):
-        prompt = [*before, *question, *after]
-        if document.question is None:
-            prompt = [tokenizer.bos_token_id]
-        elif document.history:
-            prompt = template.encode(tokenizer, _messages(document))
-        writer.add([*prompt, *response, tokenizer.eos_token_id], [False] * len(prompt) + [True] * (len(response) + 1))
+    stream = iter(documents)
+    while part := list(islice(stream, DOCUMENTS_AT_ONCE)):
+        questions = tokenizer.encode_batch([document.question or "" for document in part])
+        responses = tokenizer.encode_batch([document.response for document in part], allow_special=True)
+        for document, question, response in zip(part, questions, responses):
+            prompt = [*before, *question, *after]
+            if document.question is None:
+                prompt = [tokenizer.bos_token_id]
+            elif document.history:
+                prompt = template.encode(tokenizer, _messages(document))
+            loss_mask = [False] * len(prompt) + [True] * (len(response) + 1)
+            writer.add([*prompt, *response, tokenizer.eos_token_id], loss_mask)
     return writer.close().num_tokens
 
 

@@ -4,6 +4,7 @@ One module serves both wings: the trainer lends it to the engine between updates
 the policy that samples is the policy that learns (R1-Zero on one machine).
 """
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,15 +77,25 @@ class Prompter:
 
 
 class SecondQuestion(Prompter):
-    """Asks every problem after another one that was answered right: what a chat is from its second turn on."""
+    """Asks problems after another one that was answered right: what a chat is from its second turn on.
 
-    def __init__(self, prompter: Prompter, first: Problem) -> None:
+    Args:
+        firsts: what may have been asked before; a problem is always asked after the same one.
+        share: of the problems; the rest is asked alone.
+    """
+
+    def __init__(self, prompter: Prompter, firsts: Sequence[Problem], *, share: float = 1.0) -> None:
         super().__init__(prompter.tokenizer, prompter.template)
-        self.first = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.answer}]
+        self.firsts, self.share = firsts, share
 
     def prompt_ids(self, problem: Problem) -> tuple[int, ...]:
-        """The question as the second user turn."""
-        return self.conversation_ids([*self.first, {"role": "user", "content": problem.prompt}])
+        """The question as the second user turn, or alone."""
+        draw = random.Random(problem.prompt)
+        if draw.random() >= self.share:
+            return super().prompt_ids(problem)
+        first = draw.choice(self.firsts)
+        turns = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.answer}]
+        return self.conversation_ids([*turns, {"role": "user", "content": problem.prompt}])
 
 
 def sample_rollouts(

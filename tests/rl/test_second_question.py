@@ -11,8 +11,9 @@ def test_the_first_question_and_its_answer_stand_before_the_second():
     plain = Prompter(tokenizer, ChatTemplate.default(tokenizer))
     first = Problem(family="chain_sum", difficulty=1, prompt="Tom has 3. How many?", answer="3")
     second = Problem(family="chain_sum", difficulty=1, prompt="Tom finds 4. How many?", answer="7")
-    text = tokenizer.decode(list(SecondQuestion(plain, first).prompt_ids(second)), skip_special=False)
+    text = tokenizer.decode(list(SecondQuestion(plain, [first]).prompt_ids(second)), skip_special=False)
     alone = tokenizer.decode(list(plain.prompt_ids(second)), skip_special=False)
     assert "<think>" not in text
     assert text.index("Tom has 3. How many?") < text.index("Tom finds 4. How many?")
     assert text.endswith(alone.removeprefix(tokenizer.decode([tokenizer.bos_token_id], skip_special=False)))
+    assert SecondQuestion(plain, [first], share=0.0).prompt_ids(second) == plain.prompt_ids(second)
