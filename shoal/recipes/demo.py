@@ -65,7 +65,10 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
     steps = 450 if quick else 1400
     config = DemoConfig(
         corpus=CorpusConfig(
-            documents=30_000 if quick else 100_000, difficulty=3 if quick else 6, worked_share=0.15, history_share=0.15
+            documents=30_000 if quick else 100_000,
+            difficulty=3 if quick else 6,
+            worked_share=0.15,
+            history_share=0.1 if quick else 0.15,
         ),
         model=preset("demo").replace(vocab_size=448, initializer_range=0.05),
         pretraining=TrainingConfig(
