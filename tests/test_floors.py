@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoal"
 FLOORS = {
     "errors": 0,
     "log": 0,
+    "allocator": 0,
     "config": 1,
     "device": 1,
     "presets": 2,
@@ -29,7 +30,7 @@ FLOORS = {
     "cli": 9,
     "__main__": 10,
 }
-WITHOUT_TORCH = ("text", "planner", "report", "config", "errors", "log", "presets")
+WITHOUT_TORCH = ("text", "planner", "report", "config", "errors", "log", "presets", "allocator")
 FORBIDDEN_CALLS = {
     "eval",
     "exec",
