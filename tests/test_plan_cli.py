@@ -182,3 +182,8 @@ def test_a_narrow_terminal_gets_lines_that_fit_and_whole_meanings():
     lines = [line.strip() for line in result.stdout.splitlines()]
     assert "parameters of multi-token-prediction modules" in lines
     assert any(line.startswith("training_usd ") and line.count("USD") >= 1 for line in lines)
+
+
+def test_networks_are_whole_on_a_narrow_terminal():
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", "--network", "2048"], catch_exceptions=False)
+    assert "…" not in result.stdout and "9,014," in result.stdout and "transceivers" in result.stdout

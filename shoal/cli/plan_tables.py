@@ -208,16 +208,21 @@ def show_run(found: PlannedRun) -> None:
     so_far = "" if found.steps_reached == found.steps else f", so far {found.steps_reached} of {found.steps} steps"
     stage = f"stage {_plain(found.stage)}{so_far}"
     console.print(f"[bold]{_plain(found.run)}[/], {stage}; calibration: {_plain(found.calibration)}")
+    is_wide = console.width >= WIDE_COLUMNS
     table = Table(box=box.SIMPLE, padding=(0, 1))
-    for title in ("", "predicted", "measured", "error", "from"):
+    for title in ("", "predicted", "measured", "error", *(["from"] if is_wide else [])):
         table.add_column(
             title, justify="right" if title in ("predicted", "measured", "error") else "left", overflow="fold"
         )
     for one in found.outcomes:
         measured = "not recorded" if one.measured is None else amount(one.measured, one.unit)
         error = "" if one.error_fraction is None else f"{100 * one.error_fraction:+.1f} %"
-        table.add_row(_plain(one.label), amount(one.predicted, one.unit), measured, error, _plain(one.how))
+        cells = [_plain(one.label), amount(one.predicted, one.unit), measured, error]
+        table.add_row(*cells, *([_plain(one.how)] if is_wide else []))
     console.print(table)
+    if not is_wide:
+        for one in found.outcomes:
+            console.print(f"[dim]{_plain(one.label)}: {_plain(one.how)}[/]")
 
 
 def show_claims(claims: Sequence[Claim]) -> None:
@@ -241,16 +246,25 @@ def _sources(claim: Claim) -> str:
 
 
 def show_wiring(found: Wiring, prices: UnitPrices) -> None:
-    """A network a line, cheapest first."""
+    """Networks side by side, cheapest first."""
     console = Console(highlight=False)
     console.print(f"[bold]{found.wanted_endpoints:,} endpoints[/]")
-    table = Table(box=box.SIMPLE, padding=(0, 1))
-    for title in ("", "endpoints", "switches", "links", "transceivers", "fibres", "MPO trunks", "USD", "USD each"):
-        table.add_column(title, justify="right" if title else "left")
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for one in found.topologies:
-        counts = (one.endpoints, one.switches, one.links, one.transceivers, one.fibres, one.mpo_trunks)
-        cells = (*counts, round(one.cost_usd), round(one.cost_usd_per_endpoint))
-        table.add_row(one.name, *(f"{count:,}" for count in cells))
+        table.add_column(_plain(one.name), justify="right")
+    rows = {
+        "endpoints": [one.endpoints for one in found.topologies],
+        "switches": [one.switches for one in found.topologies],
+        "links": [one.links for one in found.topologies],
+        "transceivers": [one.transceivers for one in found.topologies],
+        "fibres": [one.fibres for one in found.topologies],
+        "MPO trunks": [one.mpo_trunks for one in found.topologies],
+        "USD": [round(one.cost_usd) for one in found.topologies],
+        "USD each": [round(one.cost_usd_per_endpoint) for one in found.topologies],
+    }
+    for name, counts in rows.items():
+        table.add_row(name, *(f"{count:,}" for count in counts))
     console.print(table)
     for name, most in found.too_small:
         console.print(f"[dim]{_plain(name)}: at most {most:,} endpoints with these switches[/]")
