@@ -89,7 +89,7 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
             bias_speed=3e-3,
             precision="auto",
         ),
-        estimates_s={"shards": 8, "pretrain": 330, "evaluate": 8, "rl": 120},
+        estimates_s={"shards": 11, "pretrain": 270, "evaluate": 3, "rl": 65},
     )
     if quick:
         rl = replace(config.rl, steps=32)
@@ -99,7 +99,7 @@ def demo_config(*, quick: bool = False) -> DemoConfig:
             rl_seeds=(0,),
             held_out_problems=64,
             samples_per_problem=8,
-            estimates_s={"pretrain": 115, "rl": 25},
+            estimates_s={"pretrain": 95, "rl": 22},
         )
     return config
 
