@@ -10,6 +10,8 @@ from shoal.recipes.planned_run import plan_run
 from shoal.recipes.planning import is_run_directory
 from tests.planner.test_calibration import calibration
 
+STEPS = demo_config().pretraining.steps
+
 MACHINE = {"processor": "made up", "num_cores": 2, "memory_bytes": 2**34}
 
 
@@ -21,7 +23,7 @@ def run_dir(tmp_path):
         tmp_path / "stages.json",
         {"pretrain": {"wall_s": 300.0, "energy_j": 7000.0, "energy_kind": "modelled", "done": True}},
     )
-    line = {"stage": "pretrain", "step": 1100, "tokens": 4_400_000, "peak_memory_bytes": 2_000, "loss": 1.0}
+    line = {"stage": "pretrain", "step": STEPS, "tokens": 4_400_000, "peak_memory_bytes": 2_000, "loss": 1.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     return tmp_path
 
@@ -34,11 +36,11 @@ def test_predictions_stand_beside_measurements_with_their_errors(run_dir):
     found = {one.name: one for one in plan_run(run_dir, calibration()).outcomes}
     config = demo_config()
     step_s = calibration().training_step_s(config.model, config.batch_rows, config.row_tokens)
-    assert found["training_s"].predicted == pytest.approx(1100 * step_s) and found["training_s"].measured == 300.0
-    assert found["training_s"].error_fraction == pytest.approx(1100 * step_s / 300 - 1)
-    assert found["training_tokens"].predicted == 1100 * 26 * 160
+    assert found["training_s"].predicted == pytest.approx(STEPS * step_s) and found["training_s"].measured == 300.0
+    assert found["training_s"].error_fraction == pytest.approx(STEPS * step_s / 300 - 1)
+    assert found["training_tokens"].predicted == STEPS * 26 * 160
     assert found["training_flops"].measured == 4_400_000 * training_flops_per_token(config.model, 160)
-    assert found["training_joules"].predicted == pytest.approx(1100 * step_s * 24)
+    assert found["training_joules"].predicted == pytest.approx(STEPS * step_s * 24)
     assert found["peak_memory_bytes"].measured == 2_000
 
 
@@ -63,7 +65,7 @@ def test_a_stage_that_has_not_ended_is_held_against_the_steps_it_has_reached(run
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     made = plan_run(run_dir, calibration())
     found = {one.name: one for one in made.outcomes}
-    assert (made.steps_reached, made.steps) == (100, 1100)
+    assert (made.steps_reached, made.steps) == (100, STEPS)
     assert found["training_tokens"].predicted == 100 * 26 * 160 and found["training_tokens"].measured == 400_000
     assert found["training_s"].measured == pytest.approx(25.0)
     assert found["training_joules"].measured is None and found["training_joules"].error_fraction is None
