@@ -61,7 +61,7 @@ class DemoConfig:
 
 
 def demo_config(*, quick: bool = False) -> DemoConfig:
-    """The recipe `demo`: about 8 minutes on two cores; `quick`: under 3."""
+    """The recipe `demo`: about 9 minutes on two cores; `quick`: under 3."""
     steps = 450 if quick else 1400
     config = DemoConfig(
         corpus=CorpusConfig(

@@ -128,7 +128,7 @@ class Forward {
 
     void norm_into(int64_t thread, const float* x, const float* weight, int64_t width, float eps, const Inputs& to, int64_t t) {
         float* row = scratch[thread]->row.data();
-        norm_row(x, weight, width, eps, row);
+        norm_row(x, weight, row, width, eps);
         to.set(t, row, width);
     }
 
@@ -165,7 +165,7 @@ class Forward {
     void write_entry(const Batch& b, const Layer& layer, T* entries, int64_t thread, int64_t t, const float* from) {
         float* row = scratch[thread]->row.data();
         const int64_t position = b.position[t], width = m.entry_width();
-        norm_row(from, layer.latent_norm, m.latent, m.latent_norm_eps, row);
+        norm_row(from, layer.latent_norm, row, m.latent, m.latent_norm_eps);
         rotate(from + m.latent, m.rotations + position * m.rotary, m.rotary, 1.0f, row + m.latent);
         const int64_t page = b.table[b.sequence[t] * b.table_width + position / b.page_tokens];
         T* to = entries + (page * b.page_tokens + position % b.page_tokens) * width;
@@ -271,7 +271,7 @@ class Forward {
         const Inputs hidden = normed.of(routed ? layer.expert_gate_up : layer.shared_gate_up);
         member.each(b.tokens, [&](int64_t t) {
             float* row = final.data() + t * m.hidden;
-            norm_row(b.x + t * m.hidden, layer.post_norm, m.hidden, m.norm_eps, row);
+            norm_row(b.x + t * m.hidden, layer.post_norm, row, m.hidden, m.norm_eps);
             hidden.set(t, row, m.hidden);
         });
         if (routed) route(member, b, layer, index);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "norms.h"
 #include "packed.h"
 
 namespace shoal {
@@ -55,15 +56,6 @@ struct Batch {
     float* logits;             // [outputs, vocabulary]
     int32_t* chosen;           // [layers, tokens, K] experts, or null
 };
-
-inline void norm_row(const float* x, const float* weight, int64_t width, float eps, float* out) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < width; ++d) sum += x[d] * x[d];
-    const float scale = 1.0f / std::sqrt(sum / width + eps);
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d) out[d] = x[d] * scale * weight[d];
-}
 
 inline void rotate(const float* x, const float* rotation, int64_t rotary, float scale, float* out) {
     for (int64_t i = 0; i < rotary; i += 2) {
