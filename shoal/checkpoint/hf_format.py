@@ -253,19 +253,24 @@ def read_entry(files: WeightFiles, entry: Entry, dtype: torch.dtype | None) -> T
     return whole
 
 
-def verify_sums(directory: Path) -> None:
+def verify_sums(directory: Path) -> dict[str, str]:
     """Compare every file with `checksums.json`, where there is one, and a quantised directory's layout version.
+
+    Returns the sums of the files that were compared.
 
     Raises:
         CheckpointError: altered, damaged or of another layout; names what to do.
     """
     command = check_layout(directory)
-    if (directory / CHECKSUMS).is_file():
-        try:
-            check_sums(directory, json_object(directory / CHECKSUMS))
-        except CheckpointError as error:
-            again = f" Build it again: {command}" if command else f" If you changed it on purpose, delete {CHECKSUMS}."
-            raise CheckpointError(f"{error}{again}") from error
+    if not (directory / CHECKSUMS).is_file():
+        return {}
+    sums = json_object(directory / CHECKSUMS)
+    try:
+        check_sums(directory, sums)
+    except CheckpointError as error:
+        again = f" Build it again: {command}" if command else f" If you changed it on purpose, delete {CHECKSUMS}."
+        raise CheckpointError(f"{error}{again}") from error
+    return sums
 
 
 def _some(keys: list[str]) -> str:

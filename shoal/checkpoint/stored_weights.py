@@ -4,11 +4,16 @@ An engine asks for one parameter after the other and lays it out as its kernels 
 a quantised model nor the whole of any model is ever in memory beside the packed one.
 """
 
+import hashlib
+import json
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.atomic import sums_of
 from shoal.checkpoint.hf_format import check_model, load_config, present_config, read_entry, verify_sums
 from shoal.checkpoint.hf_layout import Entry, layout
 from shoal.checkpoint.weight_files import WeightFiles
@@ -24,8 +29,8 @@ class StoredWeights:
     """
 
     def __init__(self, directory: Path, *, verify: bool = True) -> None:
-        if verify:
-            verify_sums(directory)
+        self._directory = directory
+        self._verified_sums = verify_sums(directory) if verify else {}
         self._files = WeightFiles(directory)
         self.config = present_config(self._files, load_config(directory))
         check_model(self._files, self.config)
@@ -40,6 +45,14 @@ class StoredWeights:
         if len(entry.parts) == 1:
             return first
         return self._assemble(entry, first)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all weight files and the config: another model, or this one retrained, has another."""
+        names = sorted({*self._files.files, "config.json"})
+        unknown = [name for name in names if name not in self._verified_sums]
+        sums = {**self._verified_sums, **sums_of(self._directory, unknown)}
+        return hashlib.blake2b(json.dumps([[name, sums[name]] for name in names]).encode(), digest_size=16).hexdigest()
 
     @property
     def format(self) -> str | None:
@@ -66,7 +79,7 @@ class StoredWeights:
         count, rows = (entry.shape[0], entry.shape[1]) if len(entry.shape) == 3 else (1, entry.shape[0])
         assert first.scale is not None
         grain = LANES if first.format == "fp8" else 1
-        code = torch.empty(count, rows, entry.shape[-1], dtype=first.code.dtype)
+        code = torch.empty(count, rows, first.code.shape[-1], dtype=first.code.dtype)
         scale = torch.empty(count, rows // grain, *first.scale.shape[2:], dtype=first.scale.dtype)
         for part in entry.parts:
             found = self._files.codes(part.key)
@@ -76,7 +89,7 @@ class StoredWeights:
             span = index[1] if len(index) > 1 and isinstance(index[1], slice) else slice(0, rows)
             code[index[0], span] = found.code[0]
             scale[index[0], span.start // grain : span.stop // grain] = found.scale[0]
-        return Codes(first.format, first.group, code, scale)
+        return replace(first, code=code, scale=scale)
 
 
 def _fits(entry: Entry, first: Codes) -> bool:

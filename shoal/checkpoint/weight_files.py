@@ -70,7 +70,7 @@ class WeightFiles:
         assert codes.scale is not None
         if codes.format == "int8":
             return int8.dequantise(codes.code[0], codes.scale[0])
-        return int4.dequantise(codes.code[0], codes.scale[0], codes.group)
+        return int4.dequantise(int4.from_words(codes.code[0], codes.cols), codes.scale[0], codes.group)
 
     def codes(self, key: str) -> Codes | None:
         """Codes `[1, rows, cols]` and scales of a quantised weight; None for plain floats.
@@ -116,8 +116,7 @@ class WeightFiles:
                 f"{key}: {list(word_FX.shape)} words and {list(scale_FG.shape)} scales do not make {rows} x {cols} "
                 f"weights in groups of {group}; copy the model again."
             )
-        code_FD = int4.from_words(word_FX, cols)
-        return Codes("int4", group, code_FD.unsqueeze(0), scale_FG.bfloat16().unsqueeze(0))
+        return Codes("int4", group, word_FX.unsqueeze(0), scale_FG.bfloat16().unsqueeze(0), word_cols=cols)
 
     def _blocks(self, key: str, code_FD: Tensor) -> Tensor:
         assert self.quantization is not None and self.quantization.block is not None

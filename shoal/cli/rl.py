@@ -75,6 +75,8 @@ def rl(
 ) -> None:
     """Teach a model a task by reward alone: yours, a dataset, or a built-in one.
 
+    With --task, torchrun --nproc-per-node N -m shoal rl ... samples and learns on N processes, with the same outcome.
+
     Example: shoal rl --task my_task.py --algorithm dapo
     """
     from shoal.log import print_json, say
@@ -98,6 +100,7 @@ def rl(
     if controls or quick:
         raise typer.BadParameter("--controls and --quick belong to the demo; with --task leave them out.")
     from shoal.recipes.reinforce import reinforce_config, run_reinforce
+    from shoal.rl.ranks import torchrun_ranks
 
     config = reinforce_config(
         task,
@@ -123,7 +126,13 @@ def rl(
         on_reward_error="skip" if skip_reward_errors else "stop",
         seed=seed,
     )
-    result = run_reinforce(run_dir or Path("runs") / f"rl-{task_slug(task)}", config)
+    with torchrun_ranks() as ranks:
+        if ranks is not None and ranks.rank > 0:
+            from shoal.rl.sharded_learner import follow
+
+            follow(ranks)
+            return
+        result = run_reinforce(run_dir or Path("runs") / f"rl-{task_slug(task)}", config, ranks)
     say(f"before: {result.before.describe()}")
     say(f"after:  {result.after.describe()}")
     say(f"report: {result.report}")

@@ -4,6 +4,8 @@ A matrix that is stored in the wanted format is laid out without ever becoming f
 quantised by round-to-nearest.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,9 @@ def floats(weight: Weight) -> Tensor:
     elif weight.format == "int8":
         meant = int8.dequantise(code, scale)
     elif weight.format == "int4":
-        meant = int4.dequantise(code, scale, weight.group)
+        meant = int4.dequantise(
+            code if weight.word_cols is None else int4.from_words(code, weight.cols), scale, weight.group
+        )
     else:
         rows, cols = code.shape[1:]
         full = scale.repeat_interleave(LANES, dim=1)[:, :rows].repeat_interleave(fp8.BLOCK, dim=2)[..., :cols]
@@ -58,7 +62,8 @@ def floats(weight: Weight) -> Tensor:
 def joined(first: Weight, second: Weight) -> Weight:
     """The rows of two matrices one after the other."""
     if isinstance(first, Codes) and isinstance(second, Codes) and _same_kind(first, second):
-        return Codes(first.format, first.group, *_cat_rows([first, second]))
+        code, scale = _cat_rows([first, second])
+        return replace(first, code=code, scale=scale)
     return torch.cat([floats(first), floats(second)])
 
 
@@ -67,15 +72,11 @@ def halves(weight: Weight) -> tuple[Weight, Weight]:
     rows = weight.code.shape[1] // 2 if isinstance(weight, Codes) else _stack(weight).shape[1] // 2
     if isinstance(weight, Codes) and rows % LANES == 0:
         code, scale = weight.code, weight.scale
-        cut = None if scale is None else rows * scale.shape[1] // code.shape[1]
-        first, second = (
-            Codes(weight.format, weight.group, part, None if scale is None else scale_part)
-            for part, scale_part in (
-                (code[:, :rows], None if scale is None else scale[:, :cut]),
-                (code[:, rows:], None if scale is None else scale[:, cut:]),
-            )
+        cut = 0 if scale is None else rows * scale.shape[1] // code.shape[1]
+        return (
+            replace(weight, code=code[:, :rows], scale=None if scale is None else scale[:, :cut]),
+            replace(weight, code=code[:, rows:], scale=None if scale is None else scale[:, cut:]),
         )
-        return first, second
     upper, lower = _stack(floats(weight)).chunk(2, dim=1)
     return upper, lower
 
@@ -83,12 +84,13 @@ def halves(weight: Weight) -> tuple[Weight, Weight]:
 def rows(matrix: Codes, row_M: Tensor) -> Codes:
     """Some rows of an integer matrix, such as the embeddings of tokens."""
     assert matrix.scale is not None and matrix.format != "fp8"
-    return Codes(matrix.format, matrix.group, matrix.code[:, row_M], matrix.scale[:, row_M])
+    return replace(matrix, code=matrix.code[:, row_M], scale=matrix.scale[:, row_M])
 
 
 def _same_kind(first: Codes, second: Codes) -> bool:
     aligned = first.format != "fp8" or first.code.shape[1] % LANES == 0
-    return (first.format, first.group) == (second.format, second.group) and aligned
+    same = all(getattr(first, name) == getattr(second, name) for name in ("format", "group", "word_cols"))
+    return same and aligned
 
 
 def _cat_rows(parts: list[Codes]) -> tuple[Tensor, Tensor | None]:

@@ -82,7 +82,7 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
     packed = pack_stored(loaded.weights, options.weights)
     speculation = _speculation(packed, loaded.weights, has_drafter(model_config), options)
     identity = CacheIdentity(
-        weights_digest=weights_digest(loaded.path),
+        weights_digest=loaded.weights.digest,
         dtype=f"{packed.format}, {kernels_digest()}",
         layout_version=LAYOUT_VERSION,
         rope_digest=hashlib.blake2b(
@@ -167,14 +167,3 @@ def default_disk_dir() -> Path:
     """The context cache in the user's cache directory (XDG base directory specification)."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "shoal" / "context"
-
-
-def weights_digest(directory: Path) -> str:
-    """Digest of all weight files and the config: a retrained model never reads what another one computed."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*directory.glob("*.safetensors"), directory / "config.json"]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

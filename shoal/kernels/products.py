@@ -61,6 +61,16 @@ def head_cross_entropy(hidden_MD: Tensor, weight_VD: Tensor, label_M: Tensor) ->
     return total, best_M
 
 
+def head_log_probability(
+    hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor, temperature: float
+) -> tuple[Tensor, Tensor] | None:
+    """Log-probability of `token_M` under the head, differentiable, and the entropy in nats there. None: no kernel fits."""
+    if not _fits(hidden_MD, weight_VD):
+        return None
+    logprob_M, entropy_M = _HeadLogProbability.apply(hidden_MD, weight_VD, token_M, temperature)
+    return logprob_M, entropy_M
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor, weight_FD: Tensor) -> Tensor:
@@ -168,6 +178,34 @@ class _HeadCrossEntropy(torch.autograd.Function):
             grad_weight * scale if grad_weight is not None else None,
             None,
         )
+
+
+class _HeadLogProbability(torch.autograd.Function):
+    """What weights the rows is known only after all log-probabilities are: scores are made once more for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        hidden_MD, token_M = hidden_MD.contiguous(), token_M.contiguous()
+        ctx.panels, ctx.panels_back = _pack(weight_VD, any(ctx.needs_input_grad))
+        ctx.save_for_backward(hidden_MD, token_M)
+        ctx.inverse, ctx.sizes = ctypes.c_float(1 / temperature), (*hidden_MD.shape, len(weight_VD))
+        logprob_M, entropy_M = hidden_MD.new_empty(len(token_M)), hidden_MD.new_empty(len(token_M))
+        call("head_log_probability", hidden_MD, ctx.panels, token_M, ctx.inverse, logprob_M, entropy_M, *ctx.sizes)
+        ctx.mark_non_differentiable(entropy_M)
+        return logprob_M, entropy_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_MD, token_M = ctx.saved_tensors
+        _, width, vocabulary = ctx.sizes
+        row_weight_M = grads[0] * -ctx.inverse.value
+        grad_hidden = torch.empty_like(hidden_MD)
+        grad_weight = hidden_MD.new_empty(vocabulary, width) if ctx.needs_input_grad[1] else None
+        given = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse, row_weight_M, grad_hidden, grad_weight)
+        call("head_log_probability_backward", *given, *ctx.sizes)
+        return grad_hidden, grad_weight, None, None
 
 
 def sort_slots(expert_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -124,7 +124,7 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
 
     with EnergyMeter() as meter:
         seconds, steps = _time_steps(step, max_steps=400)
-    reading = meter.reading()
+    reading, peak_bytes = meter.reading(), peak_rss_bytes()
     bytes_per_step = decode_bytes(packed, batch, context, touched)
     bandwidth = measured_bandwidth()
     rate, limit = batch / seconds, batch * bandwidth / bytes_per_step
@@ -148,7 +148,7 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
         "steps": steps,
         "load_s": bench.load_s,
         "weight_bytes": packed.weight_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak_bytes,
         "joules_per_token": reading.joules / (steps * batch),
         "joules_kind": reading.kind,
     }
@@ -173,7 +173,7 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
 
     with EnergyMeter() as meter:
         seconds, rounds = _time_steps(read, max_steps=20, warm_up=1)
-    reading = meter.reading()
+    reading, peak_bytes = meter.reading(), peak_rss_bytes()
     flops = prefill_flops(packed.config, tokens)
     rate_flops = measured_rate(packed.format)
     rate, limit = tokens / seconds, tokens * rate_flops / flops
@@ -195,7 +195,7 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
         "rounds": rounds,
         "load_s": bench.load_s,
         "weight_bytes": packed.weight_bytes,
-        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_bytes": peak_bytes,
         "joules_per_token": reading.joules / (rounds * tokens),
         "joules_kind": reading.kind,
     }
@@ -237,7 +237,7 @@ def measured_rate(format_name: str) -> float:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process ever held."""
+    """Most memory this process ever held. Read before a limit is measured, whose buffers are not the model's."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -33,7 +33,9 @@ class FamilyPlan:
 
 
 PLANS = {
-    "chain_sum": FamilyPlan(difficulty=6, pretraining_steps=1100, rl_steps=48),
+    "chain_sum": FamilyPlan(difficulty=6, pretraining_steps=1400, rl_steps=48),
+    "cups": FamilyPlan(difficulty=10, pretraining_steps=1000, rl_steps=48),
+    "arrows": FamilyPlan(difficulty=6, pretraining_steps=1000, rl_steps=48),
     "multiplication": FamilyPlan(difficulty=2, pretraining_steps=2400, rl_steps=48, worked_share=0.2),
 }
 """The base decides what reinforcement learning can do: less training than this was not enough (`docs/log.md`). Only the first

@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.checkpoint.hf_format import load_config
 from shoal.config import ModelConfig
@@ -35,7 +35,7 @@ from shoal.rl.evaluation import SkillReport, may_lengthen, measure_skill
 from shoal.rl.grpo import train_grpo
 from shoal.rl.ray_rollouts import ray_engines
 from shoal.rl.rewards import R1_ZERO_REWARDS
-from shoal.rl.rollout import EngineMaker, Prompter, engine_here
+from shoal.rl.rollout import Prompter
 from shoal.rl.task_source import TaskSource, open_task
 from shoal.rl.tasks.task import Problem
 from shoal.rl.verifier_pool import PoolConfig
@@ -44,6 +44,9 @@ from shoal.text.tokenizer import Tokenizer
 from shoal.training.loop import TrainingConfig
 from shoal.training.optimizer import OptimizerConfig
 from shoal.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from shoal.rl.ranks import Ranks
 
 LONGEST_DOCUMENT = 500
 """Tokens; the small preset sees 512. Longer documents are left out of the base's corpus, and counted."""
@@ -128,22 +131,24 @@ class ReinforceResult:
     after: SkillReport
 
 
-def run_reinforce(run_dir: Path, config: ReinforceConfig) -> ReinforceResult:
+def run_reinforce(run_dir: Path, config: ReinforceConfig, ranks: "Ranks | None" = None) -> ReinforceResult:
     """Run the stages that are not done yet.
 
+    Args:
+        ranks: processes that follow this one (torchrun): they sample and learn with it, and do nothing else.
     Raises:
         TaskError: the task cannot be used, or the base never succeeds.
         ConfigError, CheckpointError: settings that do not fit together, or another run's directory.
     """
     with only_run(), open_task(config.task, difficulty=config.difficulty, pool=config.pool) as source:
-        return _Reinforce(run_dir, config, source).run()
+        return _Reinforce(run_dir, config, source, ranks).run()
 
 
 class _Reinforce:
     """The stages of one run."""
 
-    def __init__(self, run_dir: Path, config: ReinforceConfig, source: TaskSource) -> None:
-        self.dir, self.config, self.source = run_dir, config, source
+    def __init__(self, run_dir: Path, config: ReinforceConfig, source: TaskSource, ranks: "Ranks | None") -> None:
+        self.dir, self.config, self.source, self.ranks = run_dir, config, source, ranks
         self.stage = f"rl-{config.seed}"
         shape = load_config(find_model(config.model)) if config.model else config.base.model
         values = {**asdict(config), "base_model": str(config.model) if config.model else None, "model": shape.to_dict()}
@@ -318,7 +323,7 @@ class _Reinforce:
             say("  keep_routing is off: this model has no routed experts")
             stage = replace(stage, keep_routing=False)
         asked = [self._asked(problem) for problem in self.source.sets.problems("rl", config.rl_problems)]
-        with _engines(config) as engines:
+        with _makers(config, self.ranks) as makers:
             train_grpo(
                 model,
                 stage,
@@ -328,7 +333,7 @@ class _Reinforce:
                 stage=self.stage,
                 rewards=self.source.rewards or R1_ZERO_REWARDS,
                 verifier=self.source.verifier,
-                engines=engines,
+                **makers,
             )
         skill = self._measure(model)
         write_json(self.dir / f"skill-{self.stage}.json", skill.to_dict())
@@ -394,6 +399,16 @@ def _parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _engines(config: ReinforceConfig) -> contextlib.AbstractContextManager[EngineMaker]:
-    """Who samples, for as long as the block lasts."""
-    return ray_engines(config.num_workers) if config.rollouts == "ray" else contextlib.nullcontext(engine_here)
+@contextlib.contextmanager
+def _makers(config: ReinforceConfig, ranks: "Ranks | None") -> Iterator[dict[str, Any]]:
+    """Who samples and who learns, for as long as the block lasts, as arguments of `train_grpo`."""
+    if ranks is not None:
+        from shoal.rl.sharded_learner import sharded_makers
+
+        learners, engines = sharded_makers(ranks)
+        yield {"learners": learners, "engines": engines}
+    elif config.rollouts == "ray":
+        with ray_engines(config.num_workers) as engines:
+            yield {"engines": engines}
+    else:
+        yield {}

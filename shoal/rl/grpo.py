@@ -9,7 +9,6 @@ Published R1-Zero: 32 questions x 16 answers, temperature 1, learning rate 3e-6,
 rate about a hundred times larger.
 """
 
-import copy
 import dataclasses
 import json
 import time
@@ -27,14 +26,14 @@ from shoal.model.transformer import Transformer
 from shoal.rl.advantage import group_advantages, overlong_penalty, rloo_advantages
 from shoal.rl.grading import FamilyVerifier, Verifier, columns_of, stop_if_blind
 from shoal.rl.grpo_config import GrpoConfig
+from shoal.rl.learner import LearnerMaker, LocalLearner, update_options
 from shoal.rl.lookahead import Lookahead
 from shoal.rl.rewards import R1_ZERO_REWARDS, RewardTable, WeightedReward, score_answers
 from shoal.rl.rollout import EngineMaker, Prompter, engine_here
 from shoal.rl.sampling import StepSample, StepSampler
 from shoal.rl.step_metrics import step_metrics, write_samples
 from shoal.rl.tasks.task import Problem
-from shoal.rl.update import UpdateOptions, UpdateResult, policy_log_probabilities, update_policy
-from shoal.training.optimizer import OptimizerSet
+from shoal.rl.update import UpdateResult, policy_log_probabilities
 from shoal.training.schedule import Schedule
 from shoal.training.state import extra_tensors, restore_training_state, save_training_state
 
@@ -63,6 +62,7 @@ def train_grpo(
     rewards: Sequence[WeightedReward] = R1_ZERO_REWARDS,
     verifier: Verifier | None = None,
     engines: EngineMaker = engine_here,
+    learners: LearnerMaker = LocalLearner,
     after_step: Callable[[int], None] | None = None,
 ) -> GrpoResult:
     """Improve `model` on `problems` by reward alone, from the stage's newest checkpoint when there is one.
@@ -72,6 +72,7 @@ def train_grpo(
         rewards: what an answer is worth, added up by weight; default accuracy, and a tenth for the format.
         verifier: who says what is right; default the built-in families.
         engines: who samples; default this process (`ray_rollouts` has workers).
+        learners: who updates; default this process (`sharded_learner` has ranks).
     Raises:
         CheckpointError: the run directory holds a checkpoint of another configuration.
         TaskError: a reward breaks its contract, or the verifier fails on too many answers.
@@ -79,7 +80,17 @@ def train_grpo(
     if not rewards:
         raise ConfigError("there is no reward to learn from; give at least one.")
     return _Grpo(
-        model, config, problems, prompter, run_dir, stage, rewards, verifier or FamilyVerifier(), engines, after_step
+        model,
+        config,
+        problems,
+        prompter,
+        run_dir,
+        stage,
+        rewards,
+        verifier or FamilyVerifier(),
+        engines,
+        learners,
+        after_step,
     ).run()
 
 
@@ -97,6 +108,7 @@ class _Grpo:
         rewards: Sequence[WeightedReward],
         verifier: Verifier,
         engines: EngineMaker,
+        learners: LearnerMaker,
         after_step: Callable[[int], None] | None,
     ) -> None:
         if len(problems) < config.prompts_per_step:
@@ -104,14 +116,13 @@ class _Grpo:
         self.model, self.config, self.stage = model, config, stage
         self.rewards, self.after_step = tuple(rewards), after_step
         set_compute_dtype(model, compute_dtype(config.precision, model.embed_tokens.weight.device))
-        self.optimizers = OptimizerSet(model, config.optimizer)
+        self.learner = learners(model, config)
         self.schedule = _schedule(config)
         sampler, max_rows = (
             StepSampler(config, problems, prompter, verifier),
             config.prompts_per_step * config.group_size,
         )
         self.lookahead = Lookahead(model, sampler, engines, max_rows, config.staleness)
-        self.reference = copy.deepcopy(model) if config.objective.kl_coefficient > 0 else None
         self.checkpoint_dir = run_dir / "checkpoints" / stage
         self.metrics = MetricsWriter(run_dir / "metrics.jsonl")
         self.samples = MetricsWriter(run_dir / "samples.jsonl")
@@ -146,9 +157,9 @@ class _Grpo:
 
     def _one_step(self) -> str:
         step, config = self.step_done, self.config
-        self.optimizers.set_rate(self.schedule.multiplier(step))
-        if self.reference is not None and step % config.reference_refresh_steps == 0:
-            self.reference.load_state_dict(self.model.state_dict())
+        self.learner.optimizers.set_rate(self.schedule.multiplier(step))
+        if self.learner.reference is not None and step % config.reference_refresh_steps == 0:
+            self.learner.refresh_reference()
         sample = self.lookahead.take(step)
         stop_if_blind(sample.graded, config.max_failed_fraction)
         table = self._score(sample)
@@ -186,32 +197,20 @@ class _Grpo:
     def _update(self, sample: StepSample, table: RewardTable) -> list[UpdateResult]:
         """One optimizer step per minibatch of groups."""
         config, rollouts = self.config, sample.rollouts
-        options = UpdateOptions(
-            row_tokens=config.row_tokens,
-            micro_batch_answers=config.micro_batch_answers,
-            temperature=config.temperature,
-            bias_speed=config.bias_speed,
-            mtp_weight=config.mtp_weight,
-        )
         advantage_M = self._advantages(table)
         self.model.train()
         old_logprobs = (
-            policy_log_probabilities(self.model, rollouts, options, replay=sample.replay)
+            policy_log_probabilities(self.model, rollouts, update_options(config), replay=sample.replay)
             if config.objective.importance is not None
             else None
         )
         size = len(rollouts.texts) // config.minibatches
         updates = [
-            update_policy(
-                self.model,
-                self.optimizers,
+            self.learner.update(
                 rollouts,
                 advantage_M,
                 sample.graded.right,
-                config.objective,
-                options,
                 answers=range(part * size, (part + 1) * size),
-                reference=self.reference,
                 old_logprobs=old_logprobs,
                 replay=sample.replay,
             )
@@ -238,30 +237,33 @@ class _Grpo:
             write_samples(self.samples, self.stage, self.step_done, sample, table, self.config.samples_per_step)
 
     def _save(self) -> None:
+        self.learner.before_saving()
         waiting, waiting_tensors = self.lookahead.state()
         tensors = {f"waiting.{name}": tensor for name, tensor in waiting_tensors.items()}
-        if self.reference is not None:
-            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+        reference = self.learner.reference
+        if reference is not None:
+            tensors |= {f"reference.{name}": tensor for name, tensor in reference.state_dict().items()}
         extra = {"accuracies": [self.first_accuracy, self.last_accuracy], "silent_steps": self.silent_steps}
         save_training_state(
             self.checkpoint_dir,
             self.step_done,
             self.model,
-            self.optimizers,
+            self.learner.optimizers,
             identity=self.identity,
             extra={**extra, "sampling": waiting},
             extra_tensors=tensors,
         )
 
     def _resume(self) -> None:
-        found = restore_training_state(self.checkpoint_dir, self.model, self.optimizers, identity=self.identity)
+        found = restore_training_state(self.checkpoint_dir, self.model, self.learner.optimizers, identity=self.identity)
         if found is None:
             self.metrics.rewind(self.stage, 0)
             self.samples.rewind(self.stage, 0)
             return
         tensors, extra = extra_tensors(found), found.state["extra"]
-        if self.reference is not None:
-            self.reference.load_state_dict(_under("reference.", tensors))
+        if self.learner.reference is not None:
+            self.learner.reference.load_state_dict(_under("reference.", tensors))
+        self.learner.after_restoring()
         self.first_accuracy, self.last_accuracy = extra["accuracies"]
         self.silent_steps = extra["silent_steps"]
         self.lookahead.restore(extra["sampling"], _under("waiting.", tensors))

@@ -6,7 +6,7 @@ multi-token-prediction modules learn from the right answers behind a detached tr
 policy they draft for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,25 +71,40 @@ MEANS = (
 )
 """Fields of `UpdateResult` that are summed over micro-batches by tokens and then divided."""
 
+Combine = Callable[[UpdateResult, CountTracker], None]
 
-def update_policy(
-    model: Transformer,
-    optimizers: OptimizerSet,
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some answers as rows, and by what they are averaged, which is the whole step's and not theirs."""
+
+    packed: PackedRollouts
+    advantage_M: Tensor
+    step_tokens: int
+    step_answers: int
+    has_old_logprobs: bool
+    """Whether the packed old log-probabilities are the trainer's and not the engine's."""
+    weight: int = 1
+    """0 for answers that are computed only because every process of a sharded learner must compute something."""
+
+
+def plan_update(
     rollouts: Rollouts,
     advantage_M: Tensor,
     right: Sequence[bool],
     objective: ObjectiveConfig,
     options: UpdateOptions,
     *,
+    vocab_size: int,
     answers: range | None = None,
-    reference: Transformer | None = None,
     old_logprobs: Sequence[Tensor] | None = None,
     replay: EngineReplay | None = None,
-) -> UpdateResult:
-    """One optimizer step on these answers.
+    ranks: int = 1,
+) -> list[list[MicroBatch]]:
+    """The micro-batches of one optimizer step, the same number for each rank; empty lists when nothing is to be learned.
 
     The normaliser counts every answer of the batch, also those left out for want of an advantage, so the gradient does
-    not depend on how answers are cut into micro-batches.
+    not depend on how answers are cut into micro-batches or dealt to ranks.
 
     Args:
         advantage_M: one per answer of `rollouts`; `right`, `old_logprobs` and `replay` likewise.
@@ -98,52 +113,98 @@ def update_policy(
             importance weights, else the engine's serve.
         replay: the engine's experts and sampling masks.
     """
-    result = UpdateResult()
     batch = range(len(advantage_M)) if answers is None else answers
     needs_all = objective.kl_coefficient > 0
     length_of = [len(completion.token_ids) for completion in rollouts.completions]
     chosen = [i for i in batch if length_of[i] and (needs_all or float(advantage_M[i]) != 0.0)]
-    if not chosen:
-        return result
     chosen.sort(key=lambda i: length_of[i])
     total_tokens = sum(length_of[i] for i in batch)
-    tracker = CountTracker(model)
-    for start in range(0, len(chosen), options.micro_batch_answers):
-        part = chosen[start : start + options.micro_batch_answers]
+
+    def micro_batch(part: list[int]) -> MicroBatch:
         packed = pack_rollouts(
             rollouts,
-            part,
+            part or chosen[:1],
             right,
             options.row_tokens,
             old_logprobs=old_logprobs,
             replay=replay,
-            vocab_size=model.config.vocab_size,
+            vocab_size=vocab_size,
         )
-        routing = packed.routing()
-        hidden_BSD = _hidden(model, packed, routing)
-        logprob_MT, entropy = _response_log_probabilities(model, hidden_BSD, packed, options.temperature)
-        outcome = policy_objective(
-            logprob_MT,
-            packed.old_logprob_MT,
-            advantage_M[part],
-            packed.mask_MT,
-            objective,
-            reference_logprob_MT=_reference_log_probabilities(reference, packed, options.temperature),
-            engine_logprob_MT=packed.engine_logprob_MT if old_logprobs is not None else None,
-            num_tokens_total=total_tokens,
-            num_sequences_total=len(batch),
+        return MicroBatch(
+            packed,
+            advantage_M[part or chosen[:1]],
+            step_tokens=total_tokens,
+            step_answers=len(batch),
+            has_old_logprobs=old_logprobs is not None,
+            weight=int(bool(part)),
         )
-        loss = outcome.loss
-        if options.mtp_weight and model.config.num_nextn_predict_layers:
-            loss = loss + options.mtp_weight * _draft_loss(model, hidden_BSD, packed, routing, total_tokens)
-        loss.backward()
-        tracker.add(routing)
-        _accumulate(result, outcome, logprob_MT.detach(), packed, entropy)
+
+    dealt = [chosen[rank::ranks] for rank in range(ranks)]
+    starts = range(0, len(dealt[0]), options.micro_batch_answers)
+    return [[micro_batch(share[start : start + options.micro_batch_answers]) for start in starts] for share in dealt]
+
+
+def update_policy(
+    model: Transformer,
+    optimizers: OptimizerSet,
+    micro_batches: Sequence[MicroBatch],
+    objective: ObjectiveConfig,
+    options: UpdateOptions,
+    *,
+    reference: Transformer | None = None,
+    combine: Combine = lambda result, tracker: None,
+) -> UpdateResult:
+    """One optimizer step on a plan's micro-batches; none leave everything as it is.
+
+    Args:
+        combine: adds up what several ranks found, in place, before the weights and the balance biases move.
+    """
+    result = UpdateResult()
+    if not micro_batches:
+        return result
+    tracker = CountTracker(model)
+    for micro_batch in micro_batches:
+        _learn_from(model, micro_batch, objective, options, reference, tracker, result)
+    combine(result, tracker)
     result.grad_norm = finish_step(model, optimizers, tracker, options.bias_speed)
     result.max_violation = float(max_violation(tracker.count_LE).max()) if tracker.layers else None
     for name in MEANS:
         setattr(result, name, getattr(result, name) / max(result.num_tokens, 1))
     return result
+
+
+def _learn_from(
+    model: Transformer,
+    micro_batch: MicroBatch,
+    objective: ObjectiveConfig,
+    options: UpdateOptions,
+    reference: Transformer | None,
+    tracker: CountTracker,
+    result: UpdateResult,
+) -> None:
+    """Add the gradients of one micro-batch, and what is to be said of it."""
+    packed = micro_batch.packed
+    routing = packed.routing()
+    hidden_BSD = _hidden(model, packed, routing)
+    logprob_MT, entropy = _response_log_probabilities(model, hidden_BSD, packed, options.temperature)
+    outcome = policy_objective(
+        logprob_MT,
+        packed.old_logprob_MT,
+        micro_batch.advantage_M,
+        packed.mask_MT,
+        objective,
+        reference_logprob_MT=_reference_log_probabilities(reference, packed, options.temperature),
+        engine_logprob_MT=packed.engine_logprob_MT if micro_batch.has_old_logprobs else None,
+        num_tokens_total=micro_batch.step_tokens,
+        num_sequences_total=micro_batch.step_answers,
+    )
+    loss = outcome.loss
+    if options.mtp_weight and model.config.num_nextn_predict_layers:
+        loss = loss + options.mtp_weight * _draft_loss(model, hidden_BSD, packed, routing, micro_batch.step_tokens)
+    (loss * micro_batch.weight).backward()
+    tracker.add(routing, micro_batch.weight)
+    if micro_batch.weight:
+        _accumulate(result, outcome, logprob_MT.detach(), packed, entropy)
 
 
 @torch.no_grad()

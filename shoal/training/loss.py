@@ -245,9 +245,15 @@ def token_log_probabilities(
     Args:
         kept_MV: true at the tokens that a sampler's top-p and top-k had left; the distribution is theirs alone.
     """
-    return ChunkedLogProbability.apply(
-        hidden_MD, model.head_weight_VD, token_M, temperature, _head_dtype(model, hidden_MD), kept_MV
+    dtype, weight_VD = _head_dtype(model, hidden_MD), model.head_weight_VD
+    if dtype == torch.bfloat16 and kept_MV is None:
+        fused = products.head_log_probability(hidden_MD, weight_VD, token_M, temperature)
+        if fused is not None:
+            return fused
+    found: tuple[Tensor, Tensor] = ChunkedLogProbability.apply(
+        hidden_MD, weight_VD, token_M, temperature, dtype, kept_MV
     )
+    return found
 
 
 def _scores(hidden_MD: Tensor, low_weight: Tensor, temperature: float, kept_MV: Tensor | None) -> Tensor:

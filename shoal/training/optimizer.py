@@ -5,7 +5,7 @@ head, router and gains, the split of Moonlight and DeepSeek-V4. Weight decay tou
 a buffer and belongs to no optimizer (`model.load_balance`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,14 +52,26 @@ class OptimizerConfig:
 class OptimizerSet:
     """All optimizers of a model behind one step."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, parameters: nn.Module | Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
         self.config = config
-        self.named_parameters = dict(model.named_parameters())
+        self.named_parameters = dict(
+            parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters.items()
+        )
         self.optimizers = list(_build(self.named_parameters, config))
+        self.multiplier = 1.0
+        """Of the peak learning rates, as the schedule has it now."""
         self._peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+    def optimizer_of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        """Which of the optimizers moves it."""
+        for optimizer in self.optimizers:
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+                return optimizer
+        raise KeyError("no optimizer moves this parameter")
 
     def set_rate(self, multiplier: float) -> None:
         """Scale every peak learning rate by the schedule's `multiplier`."""
+        self.multiplier = multiplier
         for optimizer, peaks in zip(self.optimizers, self._peak_rates):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * multiplier
@@ -67,7 +79,7 @@ class OptimizerSet:
     def step(self) -> float | None:
         """Clip, update, clear. Returns the gradient norm before clipping; None when it was not finite and nothing moved."""
         parameters = [p for p in self.named_parameters.values() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
+        norm = self._norm([p.grad for p in parameters if p.grad is not None])
         is_finite = norm == norm and norm != float("inf")
         if is_finite:
             self._clip(norm)
@@ -77,6 +89,9 @@ class OptimizerSet:
             torch.autograd.graph.increment_version(parameters)
         self.clear()
         return norm if is_finite else None
+
+    def _norm(self, grads: Sequence[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(grads, foreach=True))
 
     def _clip(self, norm: float) -> None:
         """Scale gradients down to the limit. Fused AdamW divides while it reads them, which saves a pass over all of them."""

@@ -99,10 +99,10 @@ class CountTracker:
         self.layers: list[int] = []
         self.count_LE = torch.zeros(0, self.num_experts, dtype=torch.long)
 
-    def add(self, routing: Routing) -> None:
-        """Count one forward pass."""
+    def add(self, routing: Routing, weight: int = 1) -> None:
+        """Count one forward pass; with weight 0 only what layers there are."""
         if routing.layers:
-            count_LE = routing.counts_LE(self.num_experts)
+            count_LE = routing.counts_LE(self.num_experts) * weight
             self.count_LE = count_LE if not self.layers else self.count_LE + count_LE
             self.layers = routing.layers
 

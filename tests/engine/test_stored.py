@@ -116,8 +116,9 @@ def test_weights_stay_codes_all_the_way(source, tmp_path):
     for name in ("layers.1.mlp.experts.gate_up_proj", "layers.0.mlp.down_proj.weight", "embed_tokens.weight"):
         assert isinstance(weights(name), Codes), name
     experts = weights("layers.1.mlp.experts.gate_up_proj")
-    assert experts.code.shape == (3, 288, 160) and experts.scale.shape == (3, 288, 5)
-    assert torch.equal(floats(experts)[1], floats(Codes("int4", 32, experts.code[1:2], experts.scale[1:2])))
+    assert experts.code.shape == (3, 288, 160 // 8) and experts.cols == 160 and experts.scale.shape == (3, 288, 5)
+    second = Codes("int4", 32, experts.code[1:2], experts.scale[1:2], word_cols=160)
+    assert torch.equal(floats(experts)[1], floats(second))
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])

@@ -134,3 +134,15 @@ def test_tiles_give_the_bits_of_the_vector_unit(name, monkeypatch):
     expected = linear(packed, x)
     monkeypatch.setattr(packed_module, "library", lambda: tiles)
     assert torch.equal(linear(packed, x), expected)
+
+
+@pytest.mark.parametrize(("rows", "cols", "group"), [(16, 32, 32), (40, 200, 64), (7, 77, 32), (33, 1000, 128)])
+def test_words_are_laid_out_as_the_codes_in_them(rows, cols, group):
+    code, scale = int4.quantise(torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(rows)), group)
+    from_codes = pack(Codes("int4", group, code, scale))
+    from_words = pack(Codes("int4", group, int4.to_words(code), scale, word_cols=cols))
+    assert torch.equal(from_words.data, from_codes.data) and torch.equal(from_words.scale, from_codes.scale)
+    panel = from_codes.data[0, 0].view(-1, 16, 4)  # eight columns, sixteen rows, four columns and the four after them
+    for row, column in ((0, 0), (1, 3), (6, 5), (4, 24)):
+        byte = int(panel[column // 8, row, column % 4])
+        assert (byte >> 4 if column % 8 > 3 else byte & 15) == int(code[0, row, column]) + 8

@@ -106,6 +106,24 @@ def test_head_cross_entropy_equals_pytorch_in_value_and_gradients(rows, width, v
         assert close(mine, theirs, 6e-3)
 
 
+@pytest.mark.parametrize(
+    "rows, width, vocabulary, temperature", [(1, 16, 32, 1.0), (45, 48, 1360, 0.6), (1500, 32, 80, 1.3)]
+)
+def test_head_log_probability_equals_pytorch_in_value_and_gradients(rows, width, vocabulary, temperature):
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    token = torch.randint(0, vocabulary, (rows,))
+    got, entropy = products.head_log_probability(hidden, weight, token, temperature)
+    score = hidden.to(LOW).float() @ weight.to(LOW).float().t() / temperature
+    expected = score.log_softmax(dim=-1)
+    assert close(entropy, -(expected.exp() * expected).sum(dim=-1), 1e-4)
+    expected = expected.gather(1, token.unsqueeze(1)).squeeze(1)
+    assert close(got, expected, 1e-5)
+    for mine, theirs in zip(gradients(got, hidden, weight), gradients(expected, hidden, weight)):
+        assert close(mine, theirs, 6e-3)
+
+
 def test_a_detached_head_gives_its_input_the_same_gradient():
     torch.manual_seed(3)
     hidden, weight = torch.randn(70, 32, requires_grad=True), torch.randn(48, 32, requires_grad=True)

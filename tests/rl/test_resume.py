@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-import shoal.rl.grpo as grpo
+import shoal.rl.learner as learner
 from shoal.checkpoint import atomic, store
 from shoal.log import read_metrics
 from shoal.rl.grpo import train_grpo
@@ -78,7 +78,7 @@ def _train_until_killed(where, run_dir, changes):
     if where == "rollout":
         PROMPTER.text = _dying(PROMPTER.text, 30)
     elif where == "update":
-        grpo.update_policy = _dying(grpo.update_policy, 4)
+        learner.update_policy = _dying(learner.update_policy, 4)
     elif where == "writing a checkpoint":
         store.save_file = _dying(store.save_file, 2)
     else:

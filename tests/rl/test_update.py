@@ -18,7 +18,7 @@ from shoal.rl.rollout import Prompter, sample_rollouts
 from shoal.rl.sampling import StepSampler, problem_places
 from shoal.rl.step_metrics import shows_work
 from shoal.rl.tasks import TASKS
-from shoal.rl.update import UpdateOptions, policy_log_probabilities, update_policy
+from shoal.rl.update import UpdateOptions, plan_update, policy_log_probabilities, update_policy
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
@@ -52,18 +52,10 @@ def _update(model, rollouts, advantage, objective=None, *, replay=None, old_logp
     optimizers.step = lambda: (
         captured.update({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}) or 0.0
     )
-    result = update_policy(
-        model,
-        optimizers,
-        rollouts,
-        advantage,
-        [True] * len(advantage),
-        objective or ObjectiveConfig(),
-        settings,
-        replay=replay,
-        old_logprobs=old_logprobs,
-    )
-    return result, captured
+    objective = objective or ObjectiveConfig()
+    given = {"vocab_size": model.config.vocab_size, "replay": replay, "old_logprobs": old_logprobs}
+    (plan,) = plan_update(rollouts, advantage, [True] * len(advantage), objective, settings, **given)
+    return update_policy(model, optimizers, plan, objective, settings), captured
 
 
 def test_the_packed_gradient_equals_one_answer_at_a_time():
@@ -174,9 +166,8 @@ def test_the_gradient_of_other_objectives_does_not_depend_on_micro_batches_eithe
         )
         options = UpdateOptions(row_tokens=64, micro_batch_answers=size)
         chosen = ObjectiveConfig(**objective)
-        update_policy(
-            model, optimizers, rollouts, _advantages(rollouts), [True] * 12, chosen, options, reference=reference
-        )
+        (plan,) = plan_update(rollouts, _advantages(rollouts), [True] * 12, chosen, options, vocab_size=300)
+        update_policy(model, optimizers, plan, chosen, options, reference=reference)
         found.append(captured)
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 

@@ -2,6 +2,8 @@
 //
 // A block of rows is multiplied up to the whole vocabulary, turned into its own gradient while it lies in the cache of a
 // core, and multiplied down again. For the weight's gradient the gradients of CHUNK_ROWS rows are kept in bfloat16.
+// Log-probabilities of sampled tokens, whose gradient is weighted row by row once a policy's objective is known, take two
+// such passes: the scores are made again for the gradient, which is cheaper than keeping them.
 //
 // Reference: training/loss.py through PyTorch; compared in tests/kernels/test_products.py.
 
@@ -22,11 +24,10 @@ constexpr int64_t OUTS_PER_TASK = 128;
 struct Head {
     const float* hidden;
     const bf16 *forward, *backward;
-    const int64_t* label;
-    float* loss;
-    int64_t* best;
     float *grad_hidden, *grad_weight;  // the latter, or both, may be null
     int64_t rows, width, vocabulary;
+    float inverse_temperature = 1.0f;
+    const float* row_weight = nullptr;  // of each row's gradient; null: one
 
     int64_t panels() const { return vocabulary / LANES; }
 
@@ -62,20 +63,26 @@ struct Head {
         }
     }
 
-    // Loss of a block, and in `grads` the gradient of its scores.
-    void block(int64_t first, int64_t count, bf16* input, float* score, bf16* grads) const {
+    // Scores of a block over the temperature; `use` is given each row's and may leave their gradient there, for `grads`.
+    template <typename Use>
+    void block(int64_t first, int64_t count, bf16* input, float* score, bf16* grads, Use&& use) const {
         for (int64_t r = 0; r < count; ++r) put_row(input + r * row_stride(width), hidden + (first + r) * width, width);
         clear_rows(input, width, count);
         scores(input, count, score);
         for (int64_t r = 0; r < count; ++r) {
             float* line = score + r * vocabulary;
-            loss[first + r] = cross_entropy_row(line, label[first + r], vocabulary, best[first + r]);
-            if (grad_hidden) put_row(grads + r * row_stride(vocabulary), line, vocabulary);
+            if (inverse_temperature != 1.0f)
+                for (int64_t v = 0; v < vocabulary; v += LANES) put(line + v, lanes(line + v) * inverse_temperature);
+            use(first + r, line);
+            if (!grad_hidden) continue;
+            put_row(grads + r * row_stride(vocabulary), line, vocabulary, row_weight ? row_weight[first + r] : 1.0f);
         }
         if (grad_hidden) clear_rows(grads, vocabulary, count);
     }
 
-    void run() const {
+    // use(row, its scores) for all rows; then both gradients from what it leaves there.
+    template <typename Use>
+    void run(Use&& use) const {
         const int64_t most = std::min(rows, CHUNK_ROWS), pairs = (most + 1) / 2;
         Buffer<bf16> left(grad_weight ? 2 * pairs * vocabulary : 1), right(grad_weight ? 2 * pairs * width : 1);
 #pragma omp parallel
@@ -87,7 +94,7 @@ struct Head {
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t first = start; first < stop; first += HEAD_ROWS) {
                     const int64_t count = std::min(HEAD_ROWS, stop - first), at = (first - start) * LANES;
-                    block(first, count, input.get(), score.get(), grads.get());
+                    block(first, count, input.get(), score.get(), grads.get(), use);
                     if (grad_hidden) lower(grads.get(), first, count);
                     if (!grad_weight) continue;
                     block_to_columns(grads.get(), vocabulary, count, left.get() + at, step);
@@ -111,7 +118,26 @@ extern "C" {
 // weight's or both of which may be null.
 void head_cross_entropy(const float* hidden, const bf16* forward, const bf16* backward, const int64_t* label, float* loss, int64_t* best,
                         float* grad_hidden, float* grad_weight, int64_t rows, int64_t width, int64_t vocabulary) {
-    Head{hidden, forward, backward, label, loss, best, grad_hidden, grad_weight, rows, width, vocabulary}.run();
+    Head{hidden, forward, backward, grad_hidden, grad_weight, rows, width, vocabulary}.run(
+        [&](int64_t row, float* score) { loss[row] = cross_entropy_row(score, label[row], vocabulary, best[row]); });
+}
+
+// Log-probability of each row's token under softmax(scores / temperature), and the entropy there.
+void head_log_probability(const float* hidden, const bf16* forward, const int64_t* token, float inverse_temperature, float* logprob,
+                          float* entropy, int64_t rows, int64_t width, int64_t vocabulary) {
+    Head{hidden, forward, nullptr, nullptr, nullptr, rows, width, vocabulary, inverse_temperature}.run(
+        [&](int64_t row, float* score) { logprob[row] = log_probability_row(score, token[row], vocabulary, entropy[row]); });
+}
+
+// Gradients of sum(row_weight * -log-probability * temperature); the weight's may be null.
+void head_log_probability_backward(const float* hidden, const bf16* forward, const bf16* backward, const int64_t* token,
+                                   float inverse_temperature, const float* row_weight, float* grad_hidden, float* grad_weight, int64_t rows,
+                                   int64_t width, int64_t vocabulary) {
+    Head{hidden, forward, backward, grad_hidden, grad_weight, rows, width, vocabulary, inverse_temperature, row_weight}.run(
+        [&](int64_t row, float* score) {
+            int64_t best;
+            cross_entropy_row(score, token[row], vocabulary, best);
+        });
 }
 
 }  // extern "C"

@@ -87,9 +87,9 @@ inline void block_times_panels(const bf16* block, int64_t width, int64_t rows, c
     for (; p < count; ++p) columns(p, std::integral_constant<int, 1>{});
 }
 
-// One row of floats into a block.
-inline void put_row(bf16* to, const float* from, int64_t width) {
-    for (int64_t d = 0; d < width; d += LANES) put_bf16(to + d, lanes(from + d));
+// One row of floats, times a factor, into a block.
+inline void put_row(bf16* to, const float* from, int64_t width, float factor = 1.0f) {
+    for (int64_t d = 0; d < width; d += LANES) put_bf16(to + d, lanes(from + d) * factor);
 }
 
 // Rows that complete the last tile of a block.

@@ -1,8 +1,10 @@
 """The task families, by name."""
 
 from shoal.rl.tasks.addition import Addition
+from shoal.rl.tasks.arrows import Arrows
 from shoal.rl.tasks.chain_sum import ChainSum
 from shoal.rl.tasks.countdown import Countdown
+from shoal.rl.tasks.cups import Cups
 from shoal.rl.tasks.grid_path import GridPath
 from shoal.rl.tasks.knights import Knights
 from shoal.rl.tasks.multiplication import Multiplication
@@ -19,6 +21,8 @@ FAMILIES: tuple[Task, ...] = (
     Sorting(),
     Knights(),
     GridPath(),
+    Cups(),
+    Arrows(),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in FAMILIES}

@@ -46,6 +46,11 @@ def parse_response(text: str) -> ParsedResponse | None:
     return ParsedResponse(thinking=thinking, answer=answer.strip())
 
 
+def parse_letter(text: str) -> str | None:
+    """One ASCII letter, as a capital."""
+    return text.upper() if len(text) == 1 and text.isascii() and text.isalpha() else None
+
+
 def parse_integer(text: str) -> int | None:
     """A whole number in ASCII digits with an optional minus; no spaces inside, no signs or zeros piled up."""
     body = text[1:] if text.startswith("-") else text

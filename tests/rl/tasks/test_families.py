@@ -11,7 +11,7 @@ import pytest
 
 from shoal.errors import TaskError
 from shoal.rl.rewards import is_right
-from shoal.rl.tasks import TASKS
+from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.answers import parse_arithmetic, parse_integer, parse_response
 from shoal.rl.tasks.grid_path import MOVES, shortest_path
 from shoal.rl.tasks.knights import solve
@@ -102,6 +102,22 @@ def test_every_equation_of_the_work_is_true(name):
         for left, right in re.findall(r"([0-9+\-*/()]+)=(-?[0-9]+)", work):
             parsed = parse_arithmetic(left)
             assert parsed is not None and parsed[0] == Fraction(right), (left, right)
+
+
+@pytest.mark.parametrize("name", ["cups", "arrows"])
+def test_letters_are_followed_one_line_a_step(name):
+    for problem in _some(name):
+        lines = TASKS[name].worked(problem).splitlines()
+        assert len(lines) == problem.difficulty and lines[-1].endswith(f": {problem.answer}")
+        assert TASKS[name].verify(problem, problem.answer.lower()) and not TASKS[name].verify(problem, "AB")
+
+
+def test_cups_and_arrows_by_hand():
+    cups = Problem(family="cups", difficulty=2, prompt="", answer="C", facts={"start": "A", "swaps": ("BA", "CB")})
+    assert TASKS["cups"].worked(cups) == "B and A: B\nC and B: C"
+    ring = dict(zip("ABCDEFGHIJ", "BCDEFGHIJA"))
+    arrows = Problem(family="arrows", difficulty=3, prompt="", answer="B", facts={"start": "I", "arrows": ring})
+    assert TASKS["arrows"].worked(arrows) == "1: J\n2: A\n3: B"
 
 
 @pytest.mark.parametrize("name", ["chain_sum", "addition", "multiplication"])
