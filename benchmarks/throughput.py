@@ -1,9 +1,10 @@
 """Tokens per second of servers side by side: the same model, the same prompts, the same bare client.
 
-    python benchmarks/throughput.py MODEL --shoal [--vllm PYTHON] [--llama BIN --gguf FILE] [--output FILE]
+    python benchmarks/throughput.py MODEL --shoal [--vllm PYTHON] [--llama BIN --gguf FILE] [--rounds 3] [--output FILE]
 
 Each server runs by itself on all cores, in bfloat16, is warmed up, and then serves 1, 8 and 32 clients, each of whom sends
 one request after the other: 128 random tokens in, 64 out, greedy, no prompt like another, so that no cache helps anybody.
+The servers take turns; what is quoted is the median of the rounds, and every round is kept.
 Tokens are counted by each server's own `usage`. Prompts go as token ids, so no tokenizer's speed is measured either.
 """
 
@@ -61,7 +62,7 @@ def commands(args: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, s
 
 
 async def measure(
-    command: list[str], environment: dict[str, str], base: str, args: argparse.Namespace
+    command: list[str], environment: dict[str, str], base: str, args: argparse.Namespace, seed: int
 ) -> dict[str, Any]:
     """Start a server, warm it up, measure each number of clients."""
     log = args.log.open("ab")
@@ -70,7 +71,7 @@ async def measure(
         started_s = time.perf_counter()
         name = await wait(base, process, args.start_timeout)
         ready_s = time.perf_counter() - started_s
-        rng = random.Random(args.seed)
+        rng = random.Random(seed)
         await asyncio.gather(*(ask(base, name, rng, new_tokens=8) for _ in range(4)))
         levels = {str(clients): await level(base, name, clients, rng) for clients in ROUNDS}
         return {"command": " ".join(command), "ready_s": ready_s, "clients": levels}
@@ -131,6 +132,18 @@ async def level(base: str, model: str, clients: int, rng: random.Random) -> dict
     }
 
 
+def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens per second by number of clients, the median of the rounds that did not fail."""
+    whole = [found for found in rounds if "failed" not in found]
+    return {
+        "tokens_per_s": {
+            str(clients): statistics.median(found["clients"][str(clients)]["tokens_per_s"] for found in whole)
+            for clients in ROUNDS
+            if whole
+        }
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -142,26 +155,28 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--port", type=int, default=8766)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--start-timeout", type=float, default=300)
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="what the servers print")
-    parser.add_argument("--output", type=Path, help="JSON; systems measured before stay in it")
+    parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
-    results: dict[str, Any] = {}
-    for system, (command, environment) in commands(args).items():
-        try:
-            base = f"http://127.0.0.1:{args.port}"
-            results[system] = asyncio.run(measure(command, environment, base, args))
-        except (RuntimeError, OSError) as error:
-            results[system] = {"command": " ".join(command), "failed": str(error)}
-        results[system]["commit"] = current_commit() if system == "shoal" else None
-        print(system, json.dumps(results[system]), file=sys.stderr, flush=True)
-    before = json.loads(args.output.read_text(encoding="utf-8")) if args.output and args.output.exists() else {}
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    for number in range(args.rounds):
+        for system, (command, environment) in commands(args).items():
+            try:
+                base = f"http://127.0.0.1:{args.port}"
+                found = asyncio.run(measure(command, environment, base, args, seed=args.seed + number))
+            except (RuntimeError, OSError) as error:
+                found = {"command": " ".join(command), "failed": str(error)}
+            print(system, json.dumps(found), file=sys.stderr, flush=True)
+            rounds.setdefault(system, []).append(found)
     payload = {
         "command": "python " + " ".join(sys.argv),
         "machine": {**asdict(describe_machine()), "python": platform.python_version()},
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
-        "systems": {**before.get("systems", {}), **results},
+        "commit": current_commit(),
+        "systems": {system: {**medians(found), "rounds": found} for system, found in rounds.items()},
     }
     if args.output:
         args.output.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")

@@ -41,7 +41,7 @@ def rl(
     learning_rate: Annotated[float | None, typer.Option(help="Default: by the model's size.")] = None,
     staleness: Annotated[int, typer.Option(help="Sample in the background with weights so many steps old; 0: no.")] = 0,
     rollouts: Annotated[
-        str, typer.Option(help="local, or ray: sample in worker processes, on a cluster too; the tokens are the same.")
+        str, typer.Option(help="local; ray: worker processes, on a cluster too, same tokens; vllm:URL: a vLLM server.")
     ] = "local",
     num_workers: Annotated[int, typer.Option(help="With --rollouts ray.")] = 2,
     base_steps: Annotated[

@@ -1,7 +1,7 @@
 """Verbs of the training room: `shoal pretrain`, `shoal sft`, `shoal eval`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -25,6 +25,7 @@ def pretrain(
     precision: Annotated[
         str, typer.Option(help="Of matrix products: auto, fp32, bf16, or fp8 (emulated without FP8 units).")
     ] = "auto",
+    fp8_wgrad: Annotated[str, typer.Option(help="With fp8, of the weight gradients: fp8, or bf16.")] = "fp8",
     json_output: JsonOption = False,
 ) -> None:
     """Pretrain a small model on your own text and measure it on the held-out last tenth.
@@ -37,7 +38,13 @@ def pretrain(
     if TYPE_CHECKING:
         from shoal.training.loop import Precision
 
-    config = text_config(recipe, variant=variant, overrides=set_ or [], precision=cast("Precision", precision))
+    config = text_config(
+        recipe,
+        variant=variant,
+        overrides=set_ or [],
+        precision=cast("Precision", precision),
+        fp8_wgrad=cast("Literal['fp8', 'bf16']", fp8_wgrad),
+    )
     result = run_text(run_dir, data, config, text_key=text_key)
     if json_output:
         print_json(result)

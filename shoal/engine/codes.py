@@ -32,7 +32,7 @@ def quantised(weight: Weight, format_name: str, group: int | None = None) -> Cod
         return Codes("int8", INT8_GROUP, code, scale)
     if format_name == "int4":
         code, scale = int4.quantise(weight, group or INT4_GROUP)
-        return Codes("int4", group or INT4_GROUP, code, scale)
+        return Codes("int4", group or INT4_GROUP, int4.to_words(code), scale, word_cols=code.shape[-1])
     if format_name == "fp8":
         code, scale = fp8.quantise_blocks(weight)
         return Codes("fp8", 1, code, panel_scales(scale, weight.shape[-2]))
@@ -49,9 +49,7 @@ def floats(weight: Weight) -> Tensor:
     elif weight.format == "int8":
         meant = int8.dequantise(code, scale)
     elif weight.format == "int4":
-        meant = int4.dequantise(
-            code if weight.word_cols is None else int4.from_words(code, weight.cols), scale, weight.group
-        )
+        meant = int4.dequantise(int4.from_words(code, weight.cols), scale, weight.group)
     else:
         rows, cols = code.shape[1:]
         full = scale.repeat_interleave(LANES, dim=1)[:, :rows].repeat_interleave(fp8.BLOCK, dim=2)[..., :cols]

@@ -94,6 +94,16 @@ def cross_entropy_rows_(score_MV: Tensor, label_M: Tensor) -> tuple[Tensor, Tens
     return loss_M, best_M
 
 
+def log_probability_rows(score_MV: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's token under softmax(scores), and the entropy there, in nats."""
+    if not _fits(score_MV):
+        return reference.log_probability_rows(score_MV, token_M)
+    logprob_M, entropy_M = score_MV.new_empty(len(token_M)), score_MV.new_empty(len(token_M))
+    arrays = (score_MV, token_M.contiguous(), logprob_M, entropy_M)
+    _kernel("log_probability_rows", score_MV.dtype)(*map(_at, arrays), _int(len(token_M)), _int(score_MV.shape[1]))
+    return logprob_M, entropy_M
+
+
 def document_attention(
     query_BSHQ: Tensor,
     key_BSHQ: Tensor,

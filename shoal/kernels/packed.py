@@ -12,7 +12,6 @@ from torch import Tensor
 
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
-from shoal.quant import int4
 
 LANES = 16
 FP8_BLOCK = 128
@@ -81,13 +80,12 @@ class Codes:
     format: str
     group: int
     code: Tensor
-    """f32, bf16: the weights; int8: int8 codes; int4: int8 codes or int32 words of eight (`int4.to_words`); fp8:
-    float8_e4m3fn."""
+    """f32, bf16: the weights; int8: int8 codes; int4: int32 words of eight codes (`quant/int4.py`); fp8: float8_e4m3fn."""
     scale: Tensor | None = None
     """int8: float32 `[count, rows]`; int4: bfloat16 `[count, rows, groups]`; fp8: float32 `[count, rows/16, cols/128]`, the
     scale of a block repeated for each of its panels (`panel_scales`)."""
     word_cols: int | None = None
-    """Columns, where `code` holds words: the last word may not be full."""
+    """int4: columns of each matrix, since the last word may not be full."""
 
     @property
     def cols(self) -> int:
@@ -194,7 +192,7 @@ def _lay_out(codes: Codes) -> Tensor:
     rows, cols = codes.code.shape[1], codes.cols
     width = padded_columns(codes.format, codes.group, cols)
     if codes.format == "int4":
-        return _lay_out_words(int4.to_words(codes.code) if codes.word_cols is None else codes.code, width)
+        return _lay_out_words(codes.code, width)
     code = codes.code.view(torch.uint8) if codes.format == "fp8" else codes.code
     code = torch.nn.functional.pad(code, (0, width - cols, 0, -rows % LANES))
     if codes.format == "f32":

@@ -66,6 +66,14 @@ def cross_entropy_rows_(score_MV: Tensor, label_M: Tensor) -> tuple[Tensor, Tens
     return loss_M, best_M
 
 
+def log_probability_rows(score_MV: Tensor, token_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's token under softmax(scores), and the entropy there, in nats."""
+    total_M1 = score_MV.logsumexp(dim=-1, keepdim=True)
+    logprob_M = (score_MV.gather(1, token_M.unsqueeze(1)) - total_M1).squeeze(1)
+    # Entropy is log Z - E[score]: one pass of exponentials, and none over their logarithms.
+    return logprob_M, total_M1.squeeze(1) - torch.linalg.vecdot((score_MV - total_M1).exp_(), score_MV)
+
+
 def sample_rows(logit_NV: Tensor, temperature_N: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token per row by inverting the cumulated distribution at a given uniform number.
 

@@ -60,12 +60,14 @@ def study_config(family: str, seeds: Sequence[int] = (0, 1, 2)) -> DemoConfig:
             difficulty=plan.difficulty,
             worked_share=plan.worked_share,
             arithmetic_share=plan.arithmetic_share,
+            history_share=0.0,
         ),
         pretraining=replace(base.pretraining, steps=plan.pretraining_steps, schedule=schedule),
         rl=replace(
             base.rl, steps=plan.rl_steps, optimizer=replace(base.rl.optimizer, learning_rate=plan.learning_rate)
         ),
         rl_seeds=tuple(seeds),
+        second_question_share=0.0,
         rl_problems=plan.rl_problems,
         held_out_problems=64,
         samples_per_problem=64,

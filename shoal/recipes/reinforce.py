@@ -39,6 +39,7 @@ from shoal.rl.rollout import Prompter
 from shoal.rl.task_source import TaskSource, open_task
 from shoal.rl.tasks.task import Problem
 from shoal.rl.verifier_pool import PoolConfig
+from shoal.rl.vllm_rollouts import vllm_engines
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.loop import TrainingConfig
@@ -90,7 +91,7 @@ class ReinforceConfig:
     learning_rate: float | None = None
     staleness: int = 0
     rollouts: str = "local"
-    """"local" samples in this process, "ray" in worker processes; the tokens are the same."""
+    """"local" samples in this process, "ray" in worker processes (the tokens are the same), "vllm:URL" on a server."""
     num_workers: int = 2
     on_reward_error: str = "stop"
     instruction: str = ""
@@ -102,8 +103,8 @@ class ReinforceConfig:
     pool: PoolConfig
 
     def __post_init__(self) -> None:
-        if self.rollouts not in ("local", "ray"):
-            raise ConfigError(f"rollouts={self.rollouts!r} is unknown; use 'local' or 'ray'.")
+        if self.rollouts not in ("local", "ray") and not self.rollouts.startswith("vllm:"):
+            raise ConfigError(f"rollouts={self.rollouts!r} is unknown; use 'local', 'ray' or 'vllm:URL'.")
         if self.num_workers < 1:
             raise ConfigError(f"num_workers={self.num_workers} must be at least 1.")
 
@@ -323,7 +324,7 @@ class _Reinforce:
             say("  keep_routing is off: this model has no routed experts")
             stage = replace(stage, keep_routing=False)
         asked = [self._asked(problem) for problem in self.source.sets.problems("rl", config.rl_problems)]
-        with _makers(config, self.ranks) as makers:
+        with self._makers() as makers:
             train_grpo(
                 model,
                 stage,
@@ -339,6 +340,24 @@ class _Reinforce:
         write_json(self.dir / f"skill-{self.stage}.json", skill.to_dict())
         self.models.save(self.stage, model)
         facts["result"] = skill.describe()
+
+    @contextlib.contextmanager
+    def _makers(self) -> Iterator[dict[str, Any]]:
+        """Who samples and who learns, for as long as the block lasts, as arguments of `train_grpo`."""
+        rollouts, tokenizer = self.config.rollouts, Tokenizer.load(self.dir / "tokenizer")
+        if self.ranks is not None:
+            from shoal.rl.sharded_learner import sharded_makers
+
+            learners, engines = sharded_makers(self.ranks)
+            yield {"learners": learners, "engines": engines}
+        elif rollouts == "ray":
+            with ray_engines(self.config.num_workers) as workers:
+                yield {"engines": workers}
+        elif rollouts.startswith("vllm:"):
+            url = rollouts.removeprefix("vllm:")
+            yield {"engines": vllm_engines(url, self.dir / "rollout-model", [tokenizer])}
+        else:
+            yield {}
 
     def _measure(self, model: Transformer) -> SkillReport:
         return measure_skill(
@@ -397,18 +416,3 @@ class _Reinforce:
 
 def _parameters(model: Transformer) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def _makers(config: ReinforceConfig, ranks: "Ranks | None") -> Iterator[dict[str, Any]]:
-    """Who samples and who learns, for as long as the block lasts, as arguments of `train_grpo`."""
-    if ranks is not None:
-        from shoal.rl.sharded_learner import sharded_makers
-
-        learners, engines = sharded_makers(ranks)
-        yield {"learners": learners, "engines": engines}
-    elif config.rollouts == "ray":
-        with ray_engines(config.num_workers) as engines:
-            yield {"engines": engines}
-    else:
-        yield {}

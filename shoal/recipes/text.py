@@ -7,7 +7,7 @@ attention, or moe and dense side by side on the same tokens in the same order.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from shoal.config import ModelConfig
 from shoal.errors import ConfigError
 from shoal.log import say
 from shoal.model.transformer import Transformer, initialise
+from shoal.quant.fp8_recipe import Fp8Recipe
 from shoal.recipes.run import Run, only_run, write_json
 from shoal.report import write_report
 from shoal.text.chat_template import ChatTemplate
@@ -47,10 +48,17 @@ class TextConfig:
 
 
 def text_config(
-    recipe: str, *, variant: str = "moe", overrides: list[str], precision: Precision = "auto"
+    recipe: str,
+    *,
+    variant: str = "moe",
+    overrides: list[str],
+    precision: Precision = "auto",
+    fp8_wgrad: Literal["fp8", "bf16"] = "fp8",
 ) -> TextConfig:
     """The recipe `text`, with `key=value` overrides of the whole numbers and fractions in `SETTINGS`.
 
+    Args:
+        fp8_wgrad: with precision "fp8", what the weight gradients' products are in.
     Raises:
         ConfigError: unknown recipe, variant or key, or a value that does not fit.
     """
@@ -90,6 +98,7 @@ def text_config(
         weights=LossWeights(mtp=0.0),
         bias_speed=3e-3,
         precision=precision,
+        fp8=Fp8Recipe(wgrad=fp8_wgrad),
         seed=int(values["seed"]),
         log_every=5,
         evaluate_every=max(1, steps // 4),

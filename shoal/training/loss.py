@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels import products
-from shoal.kernels.dispatch import cross_entropy_rows_
+from shoal.kernels.dispatch import cross_entropy_rows_, log_probability_rows
 from shoal.model.load_balance import auxiliary_loss, sequence_balance_loss
 from shoal.model.router import Routing
 from shoal.model.transformer import Transformer
@@ -207,11 +207,7 @@ class ChunkedLogProbability(torch.autograd.Function):
         for chunk in _chunks(len(token_M), len(weight_VD)):
             kept = None if kept_MV is None else kept_MV[chunk]
             score_MV = _scores(hidden_MD[chunk], low_weight, temperature, kept)
-            total_M1 = score_MV.logsumexp(dim=-1, keepdim=True)
-            logprob_M[chunk] = (score_MV.gather(1, token_M[chunk].unsqueeze(1)) - total_M1).squeeze(1)
-            # Entropy is log Z - E[score]: one pass of exponentials, and none over their logarithms.
-            mean_M = torch.linalg.vecdot((score_MV - total_M1).exp_(), score_MV)
-            entropy_M[chunk] = total_M1.squeeze(1) - mean_M
+            logprob_M[chunk], entropy_M[chunk] = log_probability_rows(score_MV, token_M[chunk])
         ctx.save_for_backward(hidden_MD, weight_VD, token_M)
         ctx.temperature, ctx.dtype, ctx.kept_MV = temperature, dtype, kept_MV
         ctx.mark_non_differentiable(entropy_M)

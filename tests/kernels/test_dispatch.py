@@ -11,6 +11,7 @@ from shoal.kernels.dispatch import (
     cross_entropy_rows_,
     document_attention,
     gather_rows,
+    log_probability_rows,
     reduce_slots,
     reduce_slots_backward,
     rms_norm,
@@ -149,6 +150,18 @@ def test_cross_entropy_equals_its_definition(dtype, tolerance, rows, width):
     got_loss, got_best = cross_entropy_rows_(got_gradient, label)
     assert torch.allclose(got_loss, want_loss, atol=1e-5, rtol=1e-5) and torch.equal(got_best, want_best)
     assert torch.allclose(got_gradient.float(), want_gradient.float(), atol=tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("rows, width", [(1, 1), (5, 16), (9, 37)])
+def test_log_probability_and_entropy_equal_their_definition(rows, width):
+    generator = torch.Generator().manual_seed(1)
+    score = torch.randn(rows, width, generator=generator) * 6
+    if width > 2:
+        score[:, 1] = -1e4  # ruled out
+    token = torch.randint(0, width, (rows,), generator=generator)
+    for got, want in zip(log_probability_rows(score, token), reference.log_probability_rows(score.double(), token)):
+        assert torch.allclose(got.double(), want, atol=2e-5, rtol=1e-5)
 
 
 @needs_library

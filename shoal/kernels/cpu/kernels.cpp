@@ -108,6 +108,12 @@ void swiglu_backward_bf16(const bf16* grad_act, const bf16* gate_up, bf16* grad_
 SHOAL_CROSS_ENTROPY(cross_entropy_rows_f32, float)
 SHOAL_CROSS_ENTROPY(cross_entropy_rows_bf16, bf16)
 
+// Log-probability of each row's token and the entropy of the row.
+void log_probability_rows_f32(const float* score, const int64_t* token, float* logprob, float* entropy, int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) logprob[row] = log_probability_row(score + row * width, token[row], width, entropy[row]);
+}
+
 // One row of a token for each of its slots: out[slot] = x[token[slot]], in bfloat16 or float.
 #define SHOAL_GATHER(NAME, T)                                                                                              \
     void NAME(const float* x, const int64_t* token, T* out, int64_t slots, int64_t width) {                                \
