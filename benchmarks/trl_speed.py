@@ -2,7 +2,8 @@
 
     pip install trl && PYTHONPATH=. python benchmarks/trl_speed.py [--output benchmarks/results/trl_speed.json]
 
-Both sides load the same random float32 `DeepseekV3ForCausalLM` (hidden 128, 3 layers, 8 experts of 128, latent 64) and run
+Both sides load the same random float32 `DeepseekV3ForCausalLM` (hidden 128, 3 layers, 8 experts of 128, latent 64), multiply
+in `--precision` (TRL's `bf16` is autocast; weights and moments stay float32 on both sides), and run
 whole steps: sample groups of 16 answers at temperature 1, score them by the same rule, one update with DAPO's loss and no
 divergence. Every answer has 56 tokens: without equal lengths a comparison measures how long a model likes to talk. TRL
 samples with transformers' `generate`, its way on a CPU. The first step is left out; the time of a step is the median of the
@@ -98,7 +99,7 @@ def prompt_words(number: int) -> list[int]:
     return [3 + (number * 7 + place * 11) % 120 for place in range(PROMPT_TOKENS)]
 
 
-def run_shoal(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
+def run_shoal(path: Path, shape: Shape, steps: int, precision: str) -> dict[str, Any]:
     """Whole steps of `train_grpo`, metrics and all."""
     from shoal.allocator import keep_memory
     from shoal.checkpoint.hf_format import load_model
@@ -130,7 +131,7 @@ def run_shoal(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
         objective=ObjectiveConfig(clip_low=0.2, clip_high=0.2, loss_average="token"),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=0.0),
         mtp_weight=0.0,
-        precision="fp32",
+        precision=precision,  # type: ignore[arg-type]
         checkpoint_every=1000,
     )
     ends: list[float] = []
@@ -150,7 +151,7 @@ def run_shoal(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
     return {"step_s": seconds, "generate_s": [line["rollout_s"] for line in lines[1 : steps + 1]]}
 
 
-def run_trl(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
+def run_trl(path: Path, shape: Shape, steps: int, precision: str) -> dict[str, Any]:
     """Whole steps of `GRPOTrainer.train`."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -179,7 +180,7 @@ def run_trl(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
             max_steps=steps + 2,
             loss_type="dapo",
             beta=0.0,
-            bf16=False,
+            bf16=precision == "bf16",
             use_cpu=True,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
@@ -215,10 +216,10 @@ def run_trl(path: Path, shape: Shape, steps: int) -> dict[str, Any]:
     return {"step_s": seconds, "generate_s": generate_s[1 : steps + 1]}
 
 
-def measure(side: str, path: Path, vocab: str, steps: int) -> dict[str, Any]:
+def measure(side: str, path: Path, vocab: str, steps: int, precision: str) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--model", str(path), "--vocab", vocab, "--steps", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "--precision", precision], check=True, stdout=subprocess.PIPE, text=True)
     values: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     step_s = statistics.median(values["step_s"])
     return {
@@ -230,13 +231,13 @@ def measure(side: str, path: Path, vocab: str, steps: int) -> dict[str, Any]:
     }
 
 
-def compare(vocabs: list[str], steps: int) -> dict[str, Any]:
+def compare(vocabs: list[str], steps: int, precision: str) -> dict[str, Any]:
     """The table."""
     rows = {}
     for vocab in vocabs:
         with tempfile.TemporaryDirectory() as folder:
             make_model(Path(folder), SHAPES[vocab].vocab)
-            sides = {side: measure(side, Path(folder), vocab, steps) for side in ("shoal", "trl")}
+            sides = {side: measure(side, Path(folder), vocab, steps, precision) for side in ("shoal", "trl")}
         ratio = sides["trl"]["step_s"] / sides["shoal"]["step_s"]
         rows[vocab] = {**sides, "answers": SHAPES[vocab].answers, "times_faster": ratio}
         print(f"vocabulary {vocab}, {SHAPES[vocab].answers} answers of {NEW_TOKENS} tokens a step:", file=sys.stderr)
@@ -259,7 +260,7 @@ def facts() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "command": "python benchmarks/trl_speed.py",
+        "command": "python " + " ".join(sys.argv),
         "commit": commit,
         "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -272,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--steps", type=int, default=3, help="timed steps; one before and one after are not")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of products, on both sides")
     parser.add_argument("--only", choices=list(SHAPES))
     parser.add_argument("--side", choices=["shoal", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -279,12 +281,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         run = run_shoal if options.side == "shoal" else run_trl
-        values = run(options.model, SHAPES[options.vocab], options.steps)
+        values = run(options.model, SHAPES[options.vocab], options.steps, options.precision)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({**values, "peak_memory_bytes": peak}))
         return
-    rows = compare([options.only] if options.only else list(SHAPES), options.steps)
-    result = {**facts(), "new_tokens": NEW_TOKENS, "group": GROUP, "steps": options.steps, "rows": rows}
+    rows = compare([options.only] if options.only else list(SHAPES), options.steps, options.precision)
+    result = {**facts(), "precision": options.precision, "new_tokens": NEW_TOKENS, "group": GROUP, "steps": options.steps, "rows": rows}
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({vocab: round(row["times_faster"], 2) for vocab, row in rows.items()}))
