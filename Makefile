@@ -21,6 +21,7 @@ $(BASE): pyproject.toml
 	@$(PIP) --editable . 2>&1 | grep -v WARNING || true
 	@$(BIN)/python -c 'import shoal, fastapi'
 	@$(BIN)/python -c 'from shoal.kernels.cpu.build import library; print("cpu kernels:", "built" if library() else "not built")'
+	@$(BIN)/python -c 'from shoal.kernels.array_pool import pool_arrays; print("array pool:", "built" if pool_arrays() else "not built")'
 	@touch $(BASE)
 
 # And what the tests compare with: transformers, official clients, a browser.

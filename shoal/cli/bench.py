@@ -27,10 +27,12 @@ def bench_decode(
 
     Example: shoal bench decode --preset nano --weights int8
     """
+    from shoal.kernels.array_pool import pool_arrays
     from shoal.log import print_json
     from shoal.recipes.bench import bench_decode as measure
     from shoal.recipes.bench import load_packed, published
 
+    pool_arrays()
     result = measure(load_packed(model, preset, weights, context + 512), batch=batch, context=context)
     if json_output:
         print_json(published(result))
@@ -48,10 +50,12 @@ def bench_prefill(
 
     Example: shoal bench prefill --preset nano --weights bf16 --tokens 512
     """
+    from shoal.kernels.array_pool import pool_arrays
     from shoal.log import print_json
     from shoal.recipes.bench import bench_prefill as measure
     from shoal.recipes.bench import load_packed, published
 
+    pool_arrays()
     result = measure(load_packed(model, preset, weights, tokens), tokens=tokens)
     if json_output:
         print_json(published(result))
@@ -70,10 +74,12 @@ def bench_cache(
 
     Example: shoal bench cache --preset nano --prompt-tokens 1024
     """
+    from shoal.kernels.array_pool import pool_arrays
     from shoal.log import print_json
     from shoal.recipes.bench import load_packed
     from shoal.recipes.bench_cache import bench_cache as measure
 
+    pool_arrays()
     result = measure(
         load_packed(model, preset, weights, prompt_tokens + 64), prompt_tokens=prompt_tokens, rounds=rounds
     )

@@ -34,6 +34,7 @@ def convert(
     """
     from shoal.checkpoint.quantised import Scheme
     from shoal.engine.loading import find_model
+    from shoal.kernels.array_pool import pool_arrays
     from shoal.log import print_json
     from shoal.recipes.convert import ConvertOptions, run_convert
 
@@ -53,6 +54,7 @@ def convert(
         calibration_tokens=calibration_tokens,
         measured_tokens=measured_tokens,
     )
+    pool_arrays()
     report = run_convert(find_model(model), out, options)
     if json_output:
         print_json(report)

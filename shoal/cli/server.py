@@ -59,6 +59,7 @@ def serve(
     Example: shoal serve runs/demo --port 8000
     """
     from shoal.engine.making import GIB, EngineOptions
+    from shoal.kernels.array_pool import pool_arrays
     from shoal.server.limits import limits_from
     from shoal.server.start import ServeOptions, serve_model
 
@@ -91,6 +92,7 @@ def serve(
         runs_dir=runs_dir,
         drain_s=drain_s,
     )
+    pool_arrays()
     serve_model(model, options)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from shoal.checkpoint.store import check_same_config
 from shoal.device import describe_machine
 from shoal.errors import CheckpointError, ConfigError
+from shoal.kernels.array_pool import pool_arrays
 from shoal.log import duration, say
 from shoal.planner.energy import EnergyMeter
 
@@ -77,7 +78,7 @@ class Run:
 
 @contextlib.contextmanager
 def only_run() -> Iterator[None]:
-    """Hold the machine-wide lock: two runs on the same cores make each other up to forty times slower.
+    """Hold the machine-wide lock: two runs on the same cores make each other up to forty times slower. Arrays are pooled.
 
     Raises:
         ConfigError: another run holds it.
@@ -91,6 +92,7 @@ def only_run() -> Iterator[None]:
             raise ConfigError(
                 "another shoal run is training on this machine; wait for it, or stop it first."
             ) from error
+        pool_arrays()
         yield
 
 

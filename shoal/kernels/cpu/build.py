@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from shoal.device import describe_machine
 from shoal.errors import ConfigError
 from shoal.log import say
@@ -119,14 +121,39 @@ def build(level: str = "native", sources: tuple[str, ...] = SOURCES) -> Path:
     compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
-    target = cache_dir() / f"kernels-{len(sources)}-{kernels_digest(level)}.so"
+    name = f"kernels-{len(sources)}-{kernels_digest(level)}.so"
+    return _compiled(name, [compiler, *LEVELS[level], *FLAGS, *(str(FOLDER / source) for source in sources)])
+
+
+def build_with_torch(source: str) -> Path:
+    """Path of a library compiled from one file against the headers of the installed PyTorch.
+
+    Raises:
+        OSError, subprocess.SubprocessError: no compiler, no headers, or it failed.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler found; install g++ or clang++")
+    torch_dir = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    command = [compiler, "-O2", "-std=c++20", "-shared", "-fPIC", abi, "-I", str(torch_dir / "include")]
+    command += [str(FOLDER / source), "-L", str(torch_dir / "lib"), "-lc10"]
+    identity = ((FOLDER / source).read_text(encoding="utf-8"), command, torch.__version__, platform.machine())
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    return _compiled(f"{Path(source).stem}-{digest}.so", command)
+
+
+def _compiled(name: str, command: list[str]) -> Path:
+    """Run the compiler unless the cache holds what it would make."""
+    target = cache_dir() / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        output = Path(scratch) / target.name
-        command = [compiler, *LEVELS[level], *FLAGS, *(str(FOLDER / name) for name in sources), "-o", str(output)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+        output = Path(scratch) / name
+        subprocess.run(
+            [*command, "-o", str(output)], check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+        )
         output.replace(target)
     return target
 
