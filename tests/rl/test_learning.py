@@ -18,8 +18,8 @@ from shoal.rl.tasks.splits import problems
 from shoal.text.chat_template import ChatTemplate
 from shoal.training.schedule import Schedule
 
-CORPUS = CorpusConfig(family="arrows", difficulty=4, documents=9000, worked_share=0.25, arithmetic_share=0.0)
-BASE_STEPS, RL_STEPS = 300, 24
+CORPUS = CorpusConfig(family="dial", difficulty=10, documents=9000, worked_share=0.25, arithmetic_share=0.0)
+BASE_STEPS, RL_STEPS = 200, 20
 
 
 def base_of(corpus, tmp_path):
@@ -49,7 +49,7 @@ def base_of(corpus, tmp_path):
 
 
 def skill(model, prompter):
-    held_out = problems(TASKS["arrows"], "eval", 48, CORPUS.difficulty, seed=0)
+    held_out = problems(TASKS["dial"], "eval", 48, CORPUS.difficulty, seed=0)
     return measure_skill(Engine(model), prompter, held_out, samples_per_problem=8, max_tokens=64)
 
 
@@ -59,7 +59,7 @@ def test_reward_alone_finds_the_way_of_working_that_the_base_has(worked_share, t
     model, prompter = base_of(replace(CORPUS, worked_share=worked_share), tmp_path)
     before = skill(model, prompter)
     config = replace(demo_config().rl, steps=RL_STEPS, max_response_tokens=64)
-    asked = problems(TASKS["arrows"], "rl", 400, CORPUS.difficulty, seed=0)
+    asked = problems(TASKS["dial"], "rl", 400, CORPUS.difficulty, seed=0)
     train_grpo(model, config, asked, prompter, tmp_path / "run")
     after = skill(model, prompter)
     print(before.describe(), after.describe(), sep="\n")

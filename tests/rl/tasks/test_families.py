@@ -120,6 +120,14 @@ def test_cups_and_arrows_by_hand():
     assert TASKS["arrows"].worked(arrows) == "1: J\n2: A\n3: B"
 
 
+def test_dial_and_remainder_by_hand():
+    dial = Problem(family="dial", difficulty=3, prompt="", answer="2", facts={"start": 3, "moves": "DTD"})
+    assert TASKS["dial"].worked(dial) == "D:6 T:2 D:4"
+    for problem in _some("remainder"):
+        bits = problem.facts["bits"]
+        assert TASKS["remainder"].worked(problem).rpartition(":")[2] == problem.answer == str(int(bits, 2) % 11)
+
+
 @pytest.mark.parametrize("name", ["chain_sum", "addition", "multiplication"])
 def test_the_work_ends_at_the_answer(name):
     for problem in _some(name):
