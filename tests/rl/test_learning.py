@@ -18,8 +18,8 @@ from shoal.rl.tasks.splits import problems
 from shoal.text.chat_template import ChatTemplate
 from shoal.training.schedule import Schedule
 
-CORPUS = CorpusConfig(family="dial", difficulty=10, documents=9000, worked_share=0.25, arithmetic_share=0.0)
-BASE_STEPS, RL_STEPS = 200, 20
+CORPUS = CorpusConfig(family="dial", difficulty=10, documents=6000, worked_share=0.25, arithmetic_share=0.0)
+BASE_STEPS, RL_STEPS = 150, 16
 
 
 def base_of(corpus, tmp_path):
