@@ -92,10 +92,12 @@ def torchrun_ranks() -> Iterator[Ranks | None]:
         ranks = Ranks(init_device_mesh("cpu", (dist.get_world_size(),)))
         try:
             yield ranks
+            if ranks.rank > 0:
+                dist.barrier()
         finally:
             if ranks.rank == 0:
                 ranks.tell(do="stop")
-        dist.barrier()  # nobody hangs up while another one is still listening
+                dist.barrier()  # nobody hangs up while another one is still listening
     finally:
         dist.destroy_process_group()
 
