@@ -152,6 +152,7 @@ class _Reinforce:
         self.dir, self.config, self.source, self.ranks = run_dir, config, source, ranks
         self.stage = f"rl-{config.seed}"
         shape = load_config(find_model(config.model)) if config.model else config.base.model
+        self.context = shape.max_position_embeddings
         values = {**asdict(config), "base_model": str(config.model) if config.model else None, "model": shape.to_dict()}
         for outcome_is_the_same in ("pool", "rollouts", "num_workers"):
             values.pop(outcome_is_the_same)
@@ -323,7 +324,9 @@ class _Reinforce:
         if stage.keep_routing and not any(map(model.config.is_moe_layer, range(model.config.num_hidden_layers))):
             say("  keep_routing is off: this model has no routed experts")
             stage = replace(stage, keep_routing=False)
-        asked = [self._asked(problem) for problem in self.source.sets.problems("rl", config.rl_problems)]
+        asked = self._problems("rl", config.rl_problems)
+        if left_out := len(self.source.sets.problems("rl", config.rl_problems)) - len(asked):
+            say(f"  {left_out} problems leave no room for {self._room}; left out")
         with self._makers() as makers:
             train_grpo(
                 model,
@@ -370,7 +373,24 @@ class _Reinforce:
         )
 
     def _held_out(self) -> list[Problem]:
-        return [self._asked(p) for p in self.source.sets.problems("eval", self.config.held_out_problems)]
+        return self._problems("eval", self.config.held_out_problems)
+
+    def _problems(self, split: str, count: int) -> list[Problem]:
+        """As they are asked; those whose prompt leaves too little of the context for an answer are left out.
+
+        Raises:
+            TaskError: none is left.
+        """
+        prompter, longest = self._prompter(), self.context - self.config.max_response_tokens
+        found = [self._asked(problem) for problem in self.source.sets.problems(split, count)]
+        kept = [problem for problem in found if len(prompter.prompt_ids(problem)) <= longest]
+        if found and not kept:
+            raise TaskError(f"no problem of the {split!r} set leaves room for {self._room}; lower --max-tokens.")
+        return kept
+
+    @property
+    def _room(self) -> str:
+        return f"an answer of {self.config.max_response_tokens} tokens in a context of {self.context}"
 
     def _asked(self, problem: Problem) -> Problem:
         if not self.config.instruction:

@@ -8,11 +8,13 @@ import pytest
 
 from shoal.cli.rl import task_slug
 from shoal.errors import ConfigError, TaskError
-from shoal.recipes.reinforce import reinforce_config, run_reinforce
+from shoal.recipes.reinforce import _Reinforce, reinforce_config, run_reinforce
 from shoal.rl.algorithms import ALGORITHMS, fit_algorithm, small_rate
 from shoal.rl.task_check import check_task
+from shoal.rl.task_source import open_task
 from shoal.rl.variants import VARIANTS
 from shoal.rl.verifier_pool import PoolConfig
+from shoal.text.tokenizer import Tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "change_task.py"
 
@@ -61,6 +63,25 @@ def test_the_documented_example_trains_resumes_and_leaves_a_model(tmp_path, monk
     assert {"stage", "step", "prompt", "text", "reward", "right"} <= set(samples[0])
     again = run_reinforce(tmp_path / "run", config)
     assert again.after == result.after
+
+
+def test_problems_that_leave_no_room_for_an_answer_are_left_out_and_not_met_in_mid_run(tmp_path):
+    lines = [
+        {"question": f"What is {n} + {n}?" + " Think!" * (400 if n % 3 == 0 else 0), "answer": f"#### {2 * n}"}
+        for n in range(90)
+    ]
+    file = tmp_path / "sums.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    config = _micro(f"jsonl:{file}", max_response_tokens=200)
+    with open_task(config.task, pool=config.pool) as source:
+        run = _Reinforce(tmp_path / "run", config, source, None)
+        Tokenizer.train(["What is 3 + 4?"] * 3, 280).save(run.dir / "tokenizer")
+        for split in ("rl", "eval"):
+            kept, found = run._problems(split, 90), source.sets.problems(split, 90)
+            assert 0 < len(kept) < len(found) and not any("Think" in problem.prompt for problem in kept)
+        run.context = 210
+        with pytest.raises(TaskError, match="leaves room for an answer of 200 tokens in a context of 210"):
+            run._problems("rl", 90)
 
 
 def test_the_documented_example_passes_its_own_check():
