@@ -80,7 +80,10 @@ def rl(
     Example: shoal rl --task my_task.py --algorithm dapo
     """
     from shoal.log import print_json, say
+    from shoal.rl.ranks import torchrun_ranks, torchrun_size
 
+    if task is None and torchrun_size() > 1:
+        raise typer.BadParameter("torchrun needs --task: the demo and the studies run in one process.")
     if study:
         from shoal.recipes.r1_zero import describe_study, run_study
 
@@ -100,7 +103,6 @@ def rl(
     if controls or quick:
         raise typer.BadParameter("--controls and --quick belong to the demo; with --task leave them out.")
     from shoal.recipes.reinforce import reinforce_config, run_reinforce
-    from shoal.rl.ranks import torchrun_ranks
 
     config = reinforce_config(
         task,

@@ -141,6 +141,8 @@ def run_reinforce(run_dir: Path, config: ReinforceConfig, ranks: "Ranks | None" 
         TaskError: the task cannot be used, or the base never succeeds.
         ConfigError, CheckpointError: settings that do not fit together, or another run's directory.
     """
+    if ranks is not None and config.rollouts != "local":
+        raise ConfigError(f"under torchrun the ranks sample themselves; leave --rollouts {config.rollouts} out.")
     with only_run(), open_task(config.task, difficulty=config.difficulty, pool=config.pool) as source:
         return _Reinforce(run_dir, config, source, ranks).run()
 

@@ -66,6 +66,8 @@ def text_config(
         raise ConfigError(
             f"recipe {recipe!r} is unknown to pretrain; known: text. The demo has its own verb, shoal demo."
         )
+    if fp8_wgrad != "fp8" and precision != "fp8":
+        raise ConfigError(f"fp8_wgrad={fp8_wgrad!r} needs precision 'fp8', not {precision!r}; set it, or leave it out.")
     if variant != "both" and variant not in VARIANTS:
         raise ConfigError(f"variant={variant!r} is unknown; use one of {', '.join(VARIANTS)} or both.")
     values = {name: _setting(name, overrides) for name in SETTINGS}

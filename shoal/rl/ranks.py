@@ -78,13 +78,18 @@ class Ranks:
         return tensor
 
 
+def torchrun_size() -> int:
+    """How many processes torchrun started, this one among them; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def torchrun_ranks() -> Iterator[Ranks | None]:
     """Join the others for as long as the block lasts; None when torchrun did not start several processes.
 
     When the leader leaves, for whatever reason, it tells the others to stop.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if torchrun_size() < 2:
         yield None
         return
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)

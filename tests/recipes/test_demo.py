@@ -138,6 +138,8 @@ def test_unknown_recipes_and_variants_are_named():
         text_config("poetry", overrides=[])
     with pytest.raises(ConfigError, match="moe, dense, gqa or both"):
         text_config("text", variant="huge", overrides=[])
+    with pytest.raises(ConfigError, match="needs precision 'fp8'"):
+        text_config("text", overrides=[], fp8_wgrad="bf16")
 
 
 def test_a_report_needs_a_run(tmp_path):

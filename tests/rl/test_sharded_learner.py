@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
+from shoal.cli import app
 from shoal.errors import ConfigError
 from shoal.log import read_metrics
 from shoal.model.transformer import Transformer, initialise
+from shoal.recipes.reinforce import reinforce_config, run_reinforce
 from shoal.rl.grpo import train_grpo
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.objective import ObjectiveConfig
@@ -108,3 +111,13 @@ def test_ranks_resume_where_they_stopped(tmp_path):
 def test_what_ranks_cannot_do_is_said_before_they_are_told(changes, says):
     with pytest.raises(ConfigError, match=says):
         ShardedLearner(None, tiny_model(), stage(2, **changes))
+
+
+def test_what_torchrun_would_ignore_is_refused(tmp_path, monkeypatch):
+    config = reinforce_config("addition", rollouts="ray")
+    with pytest.raises(ConfigError, match="leave --rollouts ray out"):
+        run_reinforce(tmp_path, config, object())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (["rl"], ["rl", "--study", "dial"]):
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2 and "torchrun needs --task" in done.output
