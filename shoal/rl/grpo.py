@@ -33,7 +33,7 @@ from shoal.rl.rollout import EngineMaker, Prompter, engine_here
 from shoal.rl.sampling import StepSample, StepSampler
 from shoal.rl.step_metrics import step_metrics, write_samples
 from shoal.rl.tasks.task import Problem
-from shoal.rl.update import UpdateResult, policy_log_probabilities
+from shoal.rl.update import UpdateBatch, UpdateResult, policy_log_probabilities
 from shoal.training.schedule import Schedule
 from shoal.training.state import extra_tensors, restore_training_state, save_training_state
 
@@ -207,12 +207,14 @@ class _Grpo:
         size = len(rollouts.texts) // config.minibatches
         updates = [
             self.learner.update(
-                rollouts,
-                advantage_M,
-                sample.graded.right,
-                answers=range(part * size, (part + 1) * size),
-                old_logprobs=old_logprobs,
-                replay=sample.replay,
+                UpdateBatch(
+                    rollouts=rollouts,
+                    advantage_M=advantage_M,
+                    right=sample.graded.right,
+                    answers=range(part * size, (part + 1) * size),
+                    old_logprobs=old_logprobs,
+                    replay=sample.replay,
+                )
             )
             for part in range(config.minibatches)
         ]

@@ -1,16 +1,12 @@
 """Who turns rollouts into moved weights: this process alone, or (`sharded_learner.py`) several under torchrun."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
-
 from shoal.model.transformer import Transformer
-from shoal.rl.engine_replay import EngineReplay
 from shoal.rl.grpo_config import GrpoConfig
-from shoal.rl.rollout import Rollouts
-from shoal.rl.update import UpdateOptions, UpdateResult, plan_update, update_policy
+from shoal.rl.update import UpdateBatch, UpdateOptions, UpdateResult, plan_update, update_policy
 from shoal.training.optimizer import OptimizerSet
 
 
@@ -21,16 +17,7 @@ class Learner(Protocol):
     reference: Transformer | None
     """What the divergence is measured from; None without one."""
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        advantage_M: Tensor,
-        right: Sequence[bool],
-        *,
-        answers: range | None = None,
-        old_logprobs: Sequence[Tensor] | None = None,
-        replay: EngineReplay | None = None,
-    ) -> UpdateResult:
+    def update(self, batch: UpdateBatch) -> UpdateResult:
         """One optimizer step; see `plan_update`. Afterwards the model has the new weights."""
 
     def refresh_reference(self) -> None:
@@ -54,28 +41,9 @@ class LocalLearner:
         self.optimizers = OptimizerSet(model, config.optimizer)
         self.reference = reference_of(model, config)
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        advantage_M: Tensor,
-        right: Sequence[bool],
-        *,
-        answers: range | None = None,
-        old_logprobs: Sequence[Tensor] | None = None,
-        replay: EngineReplay | None = None,
-    ) -> UpdateResult:
+    def update(self, batch: UpdateBatch) -> UpdateResult:
         """One optimizer step."""
-        (micro_batches,) = plan_update(
-            rollouts,
-            advantage_M,
-            right,
-            self.objective,
-            self.options,
-            vocab_size=self.model.config.vocab_size,
-            answers=answers,
-            old_logprobs=old_logprobs,
-            replay=replay,
-        )
+        (micro_batches,) = plan_update(batch, self.objective, self.options, vocab_size=self.model.config.vocab_size)
         return update_policy(
             self.model, self.optimizers, micro_batches, self.objective, self.options, reference=self.reference
         )

@@ -27,15 +27,14 @@ from shoal.engine.request import Completion, Request, SamplingParams
 from shoal.errors import ConfigError
 from shoal.model.layers import product_dtype, set_compute_dtype
 from shoal.model.transformer import Transformer
-from shoal.rl.engine_replay import EngineReplay
 from shoal.rl.grpo_config import GrpoConfig
 from shoal.rl.importance import ImportanceConfig
 from shoal.rl.learner import LearnerMaker, reference_of, update_options
 from shoal.rl.objective import ObjectiveConfig
 from shoal.rl.packed_rollouts import PackedRollouts
 from shoal.rl.ranks import Ranks
-from shoal.rl.rollout import EngineMaker, Rollouts
-from shoal.rl.update import MEANS, MicroBatch, UpdateOptions, UpdateResult, plan_update, update_policy
+from shoal.rl.rollout import EngineMaker
+from shoal.rl.update import MEANS, MicroBatch, UpdateBatch, UpdateOptions, UpdateResult, plan_update, update_policy
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
 from shoal.training.step import CountTracker
 
@@ -66,27 +65,13 @@ class ShardedLearner:
         self.shard = _ShardOfModel(ranks, model, self.reference, **_settings(config))
         self.after_restoring()
 
-    def update(
-        self,
-        rollouts: Rollouts,
-        advantage_M: Tensor,
-        right: Sequence[bool],
-        *,
-        answers: range | None = None,
-        old_logprobs: Sequence[Tensor] | None = None,
-        replay: EngineReplay | None = None,
-    ) -> UpdateResult:
+    def update(self, batch: UpdateBatch) -> UpdateResult:
         """One optimizer step of all ranks together."""
         plans = plan_update(
-            rollouts,
-            advantage_M,
-            right,
+            batch,
             self.shard.objective,
             self.shard.options,
             vocab_size=self.model.config.vocab_size,
-            answers=answers,
-            old_logprobs=old_logprobs,
-            replay=replay,
             ranks=self.ranks.size,
         )
         self.ranks.tell(do="update", count=len(plans[0]), rate=self.optimizers.multiplier)

@@ -88,54 +88,55 @@ class MicroBatch:
     """0 for answers that are computed only because every process of a sharded learner must compute something."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpdateBatch:
+    """What one optimizer step learns from."""
+
+    rollouts: Rollouts
+    advantage_M: Tensor
+    """One per answer of `rollouts`; `right`, `old_logprobs` and `replay` likewise."""
+    right: Sequence[bool]
+    answers: range | None = None
+    """The minibatch; None means all."""
+    old_logprobs: Sequence[Tensor] | None = None
+    """The trainer's own before this rollout's first update (`policy_log_probabilities`); needed for importance weights, else
+    the engine's serve."""
+    replay: EngineReplay | None = None
+    """The engine's experts and sampling masks."""
+
+
 def plan_update(
-    rollouts: Rollouts,
-    advantage_M: Tensor,
-    right: Sequence[bool],
-    objective: ObjectiveConfig,
-    options: UpdateOptions,
-    *,
-    vocab_size: int,
-    answers: range | None = None,
-    old_logprobs: Sequence[Tensor] | None = None,
-    replay: EngineReplay | None = None,
-    ranks: int = 1,
+    batch: UpdateBatch, objective: ObjectiveConfig, options: UpdateOptions, *, vocab_size: int, ranks: int = 1
 ) -> list[list[MicroBatch]]:
     """The micro-batches of one optimizer step, the same number for each rank; empty lists when nothing is to be learned.
 
     The normaliser counts every answer of the batch, also those left out for want of an advantage, so the gradient does
     not depend on how answers are cut into micro-batches or dealt to ranks.
-
-    Args:
-        advantage_M: one per answer of `rollouts`; `right`, `old_logprobs` and `replay` likewise.
-        answers: the minibatch; default all.
-        old_logprobs: the trainer's own before this rollout's first update (`policy_log_probabilities`); needed for
-            importance weights, else the engine's serve.
-        replay: the engine's experts and sampling masks.
     """
-    batch = range(len(advantage_M)) if answers is None else answers
+    rollouts, advantage_M = batch.rollouts, batch.advantage_M
+    answers = range(len(advantage_M)) if batch.answers is None else batch.answers
     needs_all = objective.kl_coefficient > 0
     length_of = [len(completion.token_ids) for completion in rollouts.completions]
-    chosen = [i for i in batch if length_of[i] and (needs_all or float(advantage_M[i]) != 0.0)]
+    chosen = [i for i in answers if length_of[i] and (needs_all or float(advantage_M[i]) != 0.0)]
     chosen.sort(key=lambda i: length_of[i])
-    total_tokens = sum(length_of[i] for i in batch)
+    total_tokens = sum(length_of[i] for i in answers)
 
     def micro_batch(part: list[int]) -> MicroBatch:
         packed = pack_rollouts(
             rollouts,
             part or chosen[:1],
-            right,
+            batch.right,
             options.row_tokens,
-            old_logprobs=old_logprobs,
-            replay=replay,
+            old_logprobs=batch.old_logprobs,
+            replay=batch.replay,
             vocab_size=vocab_size,
         )
         return MicroBatch(
             packed,
             advantage_M[part or chosen[:1]],
             step_tokens=total_tokens,
-            step_answers=len(batch),
-            has_old_logprobs=old_logprobs is not None,
+            step_answers=len(answers),
+            has_old_logprobs=batch.old_logprobs is not None,
             weight=int(bool(part)),
         )
 

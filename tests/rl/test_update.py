@@ -18,7 +18,7 @@ from shoal.rl.rollout import Prompter, sample_rollouts
 from shoal.rl.sampling import StepSampler, problem_places
 from shoal.rl.step_metrics import shows_work
 from shoal.rl.tasks import TASKS
-from shoal.rl.update import UpdateOptions, plan_update, policy_log_probabilities, update_policy
+from shoal.rl.update import UpdateBatch, UpdateOptions, plan_update, policy_log_probabilities, update_policy
 from shoal.text.chat_template import ChatTemplate
 from shoal.text.tokenizer import Tokenizer
 from shoal.training.optimizer import OptimizerConfig, OptimizerSet
@@ -53,8 +53,9 @@ def _update(model, rollouts, advantage, objective=None, *, replay=None, old_logp
         captured.update({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}) or 0.0
     )
     objective = objective or ObjectiveConfig()
-    given = {"vocab_size": model.config.vocab_size, "replay": replay, "old_logprobs": old_logprobs}
-    (plan,) = plan_update(rollouts, advantage, [True] * len(advantage), objective, settings, **given)
+    given = {"right": [True] * len(advantage), "replay": replay, "old_logprobs": old_logprobs}
+    batch = UpdateBatch(rollouts=rollouts, advantage_M=advantage, **given)
+    (plan,) = plan_update(batch, objective, settings, vocab_size=model.config.vocab_size)
     return update_policy(model, optimizers, plan, objective, settings), captured
 
 
@@ -166,7 +167,8 @@ def test_the_gradient_of_other_objectives_does_not_depend_on_micro_batches_eithe
         )
         options = UpdateOptions(row_tokens=64, micro_batch_answers=size)
         chosen = ObjectiveConfig(**objective)
-        (plan,) = plan_update(rollouts, _advantages(rollouts), [True] * 12, chosen, options, vocab_size=300)
+        batch = UpdateBatch(rollouts=rollouts, advantage_M=_advantages(rollouts), right=[True] * 12)
+        (plan,) = plan_update(batch, chosen, options, vocab_size=300)
         update_policy(model, optimizers, plan, chosen, options, reference=reference)
         found.append(captured)
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
