@@ -286,7 +286,14 @@ def main() -> None:
         print(json.dumps({**values, "peak_memory_bytes": peak}))
         return
     rows = compare([options.only] if options.only else list(SHAPES), options.steps, options.precision)
-    result = {**facts(), "precision": options.precision, "new_tokens": NEW_TOKENS, "group": GROUP, "steps": options.steps, "rows": rows}
+    result = {
+        **facts(),
+        "precision": options.precision,
+        "new_tokens": NEW_TOKENS,
+        "group": GROUP,
+        "steps": options.steps,
+        "rows": rows,
+    }
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({vocab: round(row["times_faster"], 2) for vocab, row in rows.items()}))

@@ -9,7 +9,7 @@ from shoal.recipes.bench import bench_decode, bench_prefill, load_packed
 
 recipe.MIN_SECONDS = 1.0  # turns are short and come often
 preset, weights = sys.argv[1:3]
-bench = load_packed(None, preset, weights, max(length for _, length in DECODE) + 512)
+bench = load_packed(None, preset, weights, max(length for _, length in DECODE) + recipe.NEW_TOKENS)
 KEPT = ("limit_tokens_per_s", "limit_fraction", "bandwidth_gb_s", "peak_rss_bytes")
 for batch, length in DECODE:
     result = bench_decode(bench, batch=batch, context=length)

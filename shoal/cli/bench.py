@@ -29,11 +29,11 @@ def bench_decode(
     """
     from shoal.kernels.array_pool import pool_arrays
     from shoal.log import print_json
+    from shoal.recipes.bench import NEW_TOKENS, load_packed, published
     from shoal.recipes.bench import bench_decode as measure
-    from shoal.recipes.bench import load_packed, published
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, context + 512), batch=batch, context=context)
+    result = measure(load_packed(model, preset, weights, context + NEW_TOKENS), batch=batch, context=context)
     if json_output:
         print_json(published(result))
 

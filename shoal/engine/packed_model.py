@@ -6,7 +6,7 @@ are cut into heads for the absorbed form; gate and up projections alternate pane
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,8 @@ WeightSource = Callable[[str], Weight]
 """Gives the weight of a name of `Transformer.state_dict()`, floats or the codes of a quantised directory."""
 
 LANES = 16
+OUTSIDE_VOCABULARY = 2
+"""What a pass returns when a token is none."""
 
 
 class _LayerStruct(ctypes.Structure):
@@ -75,6 +77,8 @@ class _ModelStruct(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("routed_scale", "norm_eps", "latent_norm_eps", "softmax_scale")),
         ("rotations", ctypes.c_void_p),
         ("final_norm", ctypes.c_void_p),
+        ("embedding", ctypes.c_void_p),
+        ("embedding_is_bf16", ctypes.c_int32),
         ("head", MatrixStruct),
         ("layers", ctypes.POINTER(_LayerStruct)),
     ]
@@ -85,7 +89,7 @@ class _BatchStruct(ctypes.Structure):
 
     _fields_ = [
         ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "position", "sequence", "table")),
+        *((name, ctypes.c_void_p) for name in ("token", "x", "position", "sequence", "table")),
         ("table_width", ctypes.c_int64),
         ("cache", ctypes.c_void_p),
         ("cache_is_bf16", ctypes.c_int32),
@@ -96,6 +100,13 @@ class _BatchStruct(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("chosen", ctypes.c_void_p),
     ]
+
+
+def _plain(embedding_VD: Tensor) -> Tensor:
+    """Float32 or bfloat16, row after row."""
+    embedding_VD = embedding_VD.detach()
+    wanted = embedding_VD.dtype if embedding_VD.dtype in (torch.float32, torch.bfloat16) else torch.float32
+    return embedding_VD.to(wanted).contiguous()
 
 
 def fits(config: ModelConfig) -> bool:
@@ -142,7 +153,7 @@ class PackedModel:
         self.weight_bytes = 0
         embedding_VD = source("embed_tokens.weight")
         head_VD = embedding_VD if config.tie_word_embeddings else source("lm_head.weight")
-        self._embedding = embedding_VD if isinstance(embedding_VD, Codes) else embedding_VD.detach()
+        self._embedding = embedding_VD if isinstance(embedding_VD, Codes) else _plain(embedding_VD)
         layers = (_LayerStruct * config.num_hidden_layers)(
             *(self._layer(source, index) for index in range(config.num_hidden_layers))
         )
@@ -186,12 +197,22 @@ class PackedModel:
         num_pages, page_tokens = cache_LPTW.shape[1], cache_LPTW.shape[2]
         if table_BX is None:
             table_BX = torch.arange(num_pages, dtype=torch.int32).unsqueeze(1)
-        x_MD = hidden_in if hidden_in is not None else self._embedded(token_M, hidden_out)
+        token_at = None
+        if hidden_in is not None:
+            x_MD = hidden_in
+        else:
+            x_MD = torch.empty(len(token_M), self.config.hidden_size) if hidden_out is None else hidden_out
+            if isinstance(self._embedding, Codes):
+                x_MD.copy_(self.embed(token_M))
+            else:
+                token_M = token_M.to(torch.int64).contiguous()
+                token_at = token_M.data_ptr()
         logit = torch.empty(len(output_row), self.config.vocab_size)
         arrays = [tensor.to(torch.int32).contiguous() for tensor in (position_M, sequence_M, table_BX, output_row)]
         position_M, sequence_M, table_BX, output_row = arrays
         batch = _BatchStruct(
             len(token_M),
+            token_at,
             x_MD.data_ptr(),
             position_M.data_ptr(),
             sequence_M.data_ptr(),
@@ -206,21 +227,22 @@ class PackedModel:
             logit.data_ptr(),
             chosen_LMK.data_ptr() if chosen_LMK is not None else None,
         )
-        if self._kernels.forward_run(self._forward, ctypes.byref(batch)):
+        failed = self._kernels.forward_run(self._forward, ctypes.byref(batch))
+        if failed == OUTSIDE_VOCABULARY:
+            raise IndexError(f"tokens must be in 0..{self.config.vocab_size - 1}; got {token_M.tolist()}")
+        if failed:
             raise MemoryError(f"no memory for a pass over {len(token_M)} tokens")
         return logit
 
+    def weight_data(self) -> Iterator[Tensor]:
+        """The bytes of every packed matrix, for whoever measures how fast they can be read."""
+        return (kept.data for kept in self._kept if isinstance(kept, Packed))
+
     def embed(self, token_M: Tensor) -> Tensor:
         """Embeddings in float32, `[M, D]`."""
-        return self._embedded(token_M, None)
-
-    def _embedded(self, token_M: Tensor, out_MD: Tensor | None) -> Tensor:
-        x_MD = torch.empty(len(token_M), self.config.hidden_size) if out_MD is None else out_MD
         if isinstance(self._embedding, Codes):
-            return x_MD.copy_(floats(rows(self._embedding, token_M)))
-        if self._embedding.dtype == torch.float32:
-            return torch.index_select(self._embedding, 0, token_M, out=x_MD)
-        return x_MD.copy_(self._embedding[token_M])
+            return floats(rows(self._embedding, token_M)).float()
+        return self._embedding[token_M].float()
 
     def _layer(self, source: WeightSource, index: int) -> _LayerStruct:
         config, name = self.config, f"layers.{index}."
@@ -228,7 +250,6 @@ class PackedModel:
         compressed = config.q_lora_rank is not None
         first = source(attention + ("q_a_proj.weight" if compressed else "q_proj.weight"))
         both_FD = joined(first, source(attention + "kv_a_proj_with_mqa.weight"))
-        key_up, value_up = self._heads(floats(source(attention + "kv_b_proj.weight")))
         layer = _LayerStruct(
             input_norm=self._keep(source(name + "input_layernorm.weight")),
             query_norm=self._keep(source(attention + "q_a_layernorm.weight")) if compressed else None,
@@ -236,10 +257,9 @@ class PackedModel:
             post_norm=self._keep(source(name + "post_attention_layernorm.weight")),
             down_projections=self._matrix(both_FD),
             query_up=self._matrix(source(attention + "q_b_proj.weight")) if compressed else absent(),
-            key_up=key_up,
-            value_up=value_up,
-            output=self._matrix(source(attention + "o_proj.weight")),
         )
+        layer.key_up, layer.value_up = self._heads(floats(source(attention + "kv_b_proj.weight")))
+        layer.output = self._matrix(source(attention + "o_proj.weight"))
         self._feed_forward(layer, source, index)
         return layer
 
@@ -323,6 +343,8 @@ class PackedModel:
             group_by_best_two=config.topk_method == "noaux_tc",
             renormalise=config.norm_topk_prob,
             routed_scale=config.routed_scaling_factor,
+            embedding=None if isinstance(self._embedding, Codes) else self._embedding.data_ptr(),
+            embedding_is_bf16=not isinstance(self._embedding, Codes) and self._embedding.dtype == torch.bfloat16,
             norm_eps=config.rms_norm_eps,
             latent_norm_eps=LATENT_NORM_EPS,
             softmax_scale=config.qk_head_dim**-0.5 * (yarn.softmax_multiplier() if yarn else 1.0),

@@ -1,4 +1,5 @@
-"""Weights in the layout of the few-row kernels: panels of 16 rows, columns outermost inside (see `cpu/packed.h`).
+"""Weights in the layout of the few-row kernels: panels of 16 rows, columns outermost inside, four of them interleaved line by
+line (see `cpu/packed.h`).
 
 `pack` takes quantised weights `[count, rows, cols]` and lays them out; `linear` is the product alone.
 """
@@ -14,6 +15,8 @@ from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
 
 LANES = 16
+BUNDLE = 4
+"""Panels that are interleaved."""
 FP8_BLOCK = 128
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4}
 """Names as on the command line; numbers as in `cpu/packed.h`."""
@@ -42,7 +45,7 @@ class MatrixStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Packed:
-    """`count` matrices `[rows, cols]` as panels; `data` `[count, panels, bytes]`, `scale` likewise or empty."""
+    """`count` matrices `[rows, cols]` as panels; `data` `[count, panels, bytes of one]`, `scale` likewise or empty."""
 
     format: str
     group: int
@@ -101,20 +104,33 @@ def panel_scales(block_scale: Tensor, rows: int) -> Tensor:
 
 def pack(codes: Codes) -> Packed:
     """Lay out one stack of matrices."""
-    rows, cols = codes.code.shape[1], codes.cols
-    data = _lay_out(codes)
-    return Packed(codes.format, codes.group, rows, cols, data.contiguous(), _lay_out_scale(codes).contiguous())
+    return Packed(codes.format, codes.group, codes.code.shape[1], codes.cols, _lay_out(codes), _lay_out_scale(codes))
 
 
 def pack_gated(gate: Codes, up: Codes) -> Packed:
     """Gate and up projection of the same shape with alternating panels, so that one task makes 16 activations."""
-    first, second = pack(gate), pack(up)
-    data = torch.stack([first.data, second.data], dim=2).flatten(1, 2).contiguous()
-    scale = first.scale
-    if scale.numel():
-        scale = torch.stack([first.scale, second.scale], dim=2).flatten(1, 2).contiguous()
-    panels = data.shape[1]
-    return Packed(gate.format, gate.group, panels * LANES, first.cols, data, scale)
+    code = _alternating(gate.code, up.code, LANES, _ZERO_CODES if gate.format == "int4" else 0)
+    scale = None
+    if gate.scale is not None and up.scale is not None:
+        scale = _alternating(gate.scale, up.scale, 1 if gate.format == "fp8" else LANES)
+    return pack(Codes(gate.format, gate.group, code, scale, gate.word_cols))
+
+
+def _alternating(first: Tensor, second: Tensor, rows: int, filler: int = 0) -> Tensor:
+    """`rows` rows of one, as many of the other, and so on, the last ones filled up: `[count, F, ...]` to `[count, 2F, ...]`."""
+    halves = [_padded(half, rows, filler).unflatten(1, (-1, rows)) for half in (first, second)]
+    return torch.stack(halves, dim=2).flatten(1, 3)
+
+
+def _padded(stack: Tensor, rows: int, filler: int = 0) -> Tensor:
+    """`[count, F, ...]` with F filled up to a multiple of `rows`."""
+    missing = -stack.shape[1] % rows
+    if not missing:
+        return stack
+    tail = torch.full(
+        (len(stack), missing, *stack.shape[2:]), filler, dtype=torch.uint8 if stack.itemsize == 1 else stack.dtype
+    )
+    return torch.cat([stack, tail.view(stack.dtype)], dim=1)
 
 
 RANDOM_BYTES = 1 << 24
@@ -183,25 +199,30 @@ def linear(packed: Packed, x_MD: Tensor) -> Tensor:
 
 def padded_columns(format_name: str, group: int, cols: int) -> int:
     """Columns after padding, as `Matrix::padded_cols`."""
-    grain = {"f32": 1, "bf16": 2, "fp8": 2}.get(format_name, group)
+    grain = {"f32": 1, "bf16": 2, "fp8": 4}.get(format_name, group)
     return -(-cols // grain) * grain
 
 
 def _lay_out(codes: Codes) -> Tensor:
-    """Panels of bytes `[count, panels, panel_bytes]`."""
-    rows, cols = codes.code.shape[1], codes.cols
-    width = padded_columns(codes.format, codes.group, cols)
+    """Panels of bytes `[count, panels, bytes of one]`, interleaved."""
+    width = padded_columns(codes.format, codes.group, codes.cols)
     if codes.format == "int4":
         return _lay_out_words(codes.code, width)
     code = codes.code.view(torch.uint8) if codes.format == "fp8" else codes.code
-    code = torch.nn.functional.pad(code, (0, width - cols, 0, -rows % LANES))
-    if codes.format == "f32":
-        return _panels(code.float(), 1).view(torch.uint8)
-    if codes.format == "bf16":
-        return _panels(code.to(torch.bfloat16), 2).view(torch.uint8)
+    code = torch.nn.functional.pad(code, (0, width - codes.cols, 0, -code.shape[1] % LANES))
     if codes.format == "fp8":
-        return _panels(code, 2)
-    return _panels(code.view(torch.uint8) ^ 0x80, 4)
+        halves = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, 2, 2))
+        return _interleaved(halves.permute(0, 1, 3, 4, 2, 5))
+    if codes.format == "f32":
+        return _lines(code.float(), 1)
+    if codes.format == "bf16":
+        return _lines(code.to(torch.bfloat16), 2)
+    return _lines(code.view(torch.uint8) ^ 0x80, 4)
+
+
+def _lines(code: Tensor, per_lane: int) -> Tensor:
+    """Panels whose line holds `per_lane` columns of each of 16 rows."""
+    return _interleaved(code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane)).transpose(2, 3)).view(torch.uint8)
 
 
 def _lay_out_words(word: Tensor, cols: int) -> Tensor:
@@ -214,32 +235,43 @@ def _lay_out_words(word: Tensor, cols: int) -> Tensor:
     missing = (0, cols // 8 - word.shape[-1], 0, -word.shape[1] % LANES)
     if any(missing):
         word = torch.nn.functional.pad(word, missing, value=_ZERO_CODES)
-    laid = word.unflatten(1, (-1, LANES)).transpose(2, 3).contiguous()
+    laid = _interleaved(word.unflatten(1, (-1, LANES)).transpose(2, 3))
     for part in laid.view(-1).split(CACHED_WORDS):
         for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)):
             exchanged = (part ^ (part >> shift)).bitwise_and_(moved)
             part.bitwise_xor_(exchanged).bitwise_xor_(exchanged.bitwise_left_shift_(shift))
-    return laid.flatten(2).view(torch.uint8)
+    return laid.view(torch.uint8)
 
 
-def _panels(code: Tensor, per_lane: int) -> Tensor:
-    """`[count, panels, cols/per_lane * 16 * per_lane]` of `[count, rows, cols]`."""
-    split = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane))
-    return split.transpose(2, 3).contiguous().flatten(2)
+def _interleaved(panel: Tensor) -> Tensor:
+    """Panels `[count, P, lines, ...]` in memory as bundles of four, line by line; the last bundle holds what is left.
+
+    Returns:
+        `[count, P, numbers of one panel]`, whose last two dimensions are only the amount: panels do not lie apart.
+    """
+    count, panels, lines = panel.shape[:3]
+    bundled = panels // BUNDLE * BUNDLE
+    laid = panel.new_empty(count, panels * lines, *panel.shape[3:])
+    for first, last in ((0, bundled), (bundled, panels)):
+        if first < last:
+            width = min(BUNDLE, last - first)
+            place = laid[:, first * lines : last * lines].unflatten(1, (-1, lines, width))
+            place.copy_(panel[:, first:last].unflatten(1, (-1, width)).transpose(2, 3))
+    return laid.view(count, panels, -1)
 
 
 def _lay_out_scale(codes: Codes) -> Tensor:
     """Scales `[count, panels, ...]` in the order in which a kernel reads them; empty for unscaled formats."""
     if codes.scale is None:
         return torch.empty(0)
-    rows = codes.code.shape[1]
-    panels = -(-rows // LANES)
+    panels = -(-codes.code.shape[1] // LANES)
     if codes.format == "fp8":
         if codes.scale.shape[1] != panels:
-            raise ConfigError(f"fp8 weights need a multiple of {LANES} rows in every part; this matrix has {rows}.")
-        return codes.scale.float()
-    missing = panels * LANES - rows
+            raise ConfigError(
+                f"fp8 weights need a multiple of {LANES} rows in every part; this matrix has {codes.code.shape[1]}."
+            )
+        return _interleaved(codes.scale.float())
+    scale = _padded(codes.scale, LANES).unflatten(1, (-1, LANES))
     if codes.format == "int8":
-        return torch.nn.functional.pad(codes.scale.float(), (0, missing)).unflatten(1, (-1, LANES))
-    scale = torch.nn.functional.pad(codes.scale, (0, 0, 0, missing)).unflatten(1, (-1, LANES))
-    return scale.transpose(2, 3).flatten(2)
+        return _interleaved(scale.float().unsqueeze(2))
+    return _interleaved(scale.transpose(2, 3))

@@ -1,12 +1,14 @@
 """How fast this machine decodes and prefills a model, beside what its memory and arithmetic allow.
 
 Decoding a token reads the weights it needs once, so the limit is bytes over bandwidth; reading a prompt is arithmetic, so
-its limit is operations over rate. Both limits are measured here, in the same minute as the speed: bandwidth by streaming
-buffers larger than the caches with this library's own vector code, rate by a large product in the same format. A preset
-stands for random weights in its shape: speed does not depend on what the numbers are, only how many experts they reach.
+its limit is operations over rate. Both limits are measured here. Bandwidth: by reading the model's own weights from end to
+end, in turn with the steps, because on a shared machine it depends on the second and on where the memory lies. Rate: by a
+large product in the same format, in the same minute. A preset stands for random weights in its shape: speed does not depend
+on what the numbers are, only how many experts they reach.
 """
 
 import ctypes
+import itertools
 import resource
 import statistics
 import time
@@ -26,7 +28,7 @@ from shoal.engine.making import pack_stored
 from shoal.engine.packed_model import PackedModel
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
-from shoal.kernels.huge_pages import WeightMemory, huge_bytes
+from shoal.kernels.huge_pages import WeightMemory
 from shoal.kernels.packed import linear, pack
 from shoal.log import say
 from shoal.planner.counts import cache_bytes_per_token, expert_parameters, parameter_counts, prefill_flops
@@ -38,9 +40,12 @@ BITS = {"f32": 32.0, "bf16": 16.0, "fp8": 8.0 + 32 / (16 * 128), "int8": 8.0, "i
 """Stored bits of one weight, scales included (int8: one scale per row is neglected)."""
 
 PAGE_TOKENS = 64
-STREAM_BYTES = 1 << 30
+NEW_TOKENS = 64
+"""What every sequence decodes behind its context, over and over."""
 MIN_SECONDS = 3.0
 """How long the timed part lasts at least."""
+WINDOW_SECONDS = 0.1
+"""Steps between two measurements of the bandwidth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,27 +111,36 @@ class RandomWeights:
 
 
 def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) -> dict[str, Any]:
-    """Tokens per second of `batch` sequences that each hold `context` tokens."""
+    """Tokens per second of `batch` sequences that each hold `context` tokens.
+
+    Steps and measurements of the bandwidth take turns; speed and limit are those of the window with the median fraction.
+    """
     if batch < 1 or context < 1:
         raise ConfigError(f"batch={batch} and context={context} must be at least 1.")
     packed = bench.packed
-    cache, table = _filled_cache(packed.config, batch, context + 512)
+    cache, table = _filled_cache(packed.config, batch, context + NEW_TOKENS)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(batch, dtype=torch.int32)
     touched = _touched_experts(packed, cache, table, rows, context, generator)
-    position = [context]
+    tokens = torch.randint(0, packed.config.vocab_size, (NEW_TOKENS, batch), generator=generator)
+    positions = (
+        torch.arange(context, context + NEW_TOKENS, dtype=torch.int32).unsqueeze(1).expand(-1, batch).contiguous()
+    )
+    steps_done = itertools.count()
 
     def step() -> None:
-        token = torch.randint(0, packed.config.vocab_size, (batch,), generator=generator)
-        at = torch.full((batch,), min(position[0], context + 500), dtype=torch.int32)
-        packed.run(token, at, rows, cache, output_row=rows, table_BX=table)
-        position[0] += 1
+        at = next(steps_done) % NEW_TOKENS
+        packed.run(tokens[at], positions[at], rows, cache, output_row=rows, table_BX=table)
 
-    with EnergyMeter() as meter:
-        seconds, steps = _time_steps(step, max_steps=400)
-    reading, peak_bytes = meter.reading(), peak_rss_bytes()
+    for _ in range(3):
+        step()
+    peak_bytes = peak_rss_bytes()
+    windows = _windows(step, packed)
     bytes_per_step = decode_bytes(packed, batch, context, touched)
-    bandwidth = measured_bandwidth()
+    windows.sort(key=lambda window: bytes_per_step / window.step_s / window.bandwidth)
+    middle = windows[len(windows) // 2]
+    seconds, bandwidth = middle.step_s, middle.bandwidth
+    steps = sum(window.steps for window in windows)
     rate, limit = batch / seconds, batch * bandwidth / bytes_per_step
     say(
         f"decode {bench.source} {packed.format}: {rate:.1f} tokens/s, {bytes_per_step / seconds / 1e9:.1f} GB/s, "
@@ -149,8 +163,8 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
         "load_s": bench.load_s,
         "weight_bytes": packed.weight_bytes,
         "peak_rss_bytes": peak_bytes,
-        "joules_per_token": reading.joules / (steps * batch),
-        "joules_kind": reading.kind,
+        "joules_per_token": sum(window.joules for window in windows) / (steps * batch),
+        "joules_kind": middle.joules_kind,
     }
 
 
@@ -172,7 +186,7 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
             packed.run(token[part], position[part], zero[part], cache, output_row=last, table_BX=table)
 
     with EnergyMeter() as meter:
-        seconds, rounds = _time_steps(read, max_steps=20, warm_up=1)
+        seconds, rounds = _time_steps(read, max_steps=20)
     reading, peak_bytes = meter.reading(), peak_rss_bytes()
     flops = prefill_flops(packed.config, tokens)
     rate_flops = measured_rate(packed.format)
@@ -212,18 +226,15 @@ def decode_bytes(packed: PackedModel, batch: int, context: int, experts_per_laye
     return (always + reached) * BITS[packed.format] / 8 + cache
 
 
-def measured_bandwidth() -> float:
-    """Bytes per second that all threads together read from memory, the best of several passes over a gigabyte."""
+def measured_bandwidth(packed: PackedModel) -> float:
+    """Bytes per second at which all threads together read a model's weights, one matrix after the other."""
     kernels = library()
     assert kernels is not None
-    kernels.stream_sum.restype = ctypes.c_float
-    buffer = huge_bytes(STREAM_BYTES).fill_(1).view(torch.float32)
-    times = []
-    for _ in range(5):
-        started_s = time.perf_counter()
-        kernels.stream_sum(ctypes.c_void_p(buffer.data_ptr()), ctypes.c_int64(buffer.numel()))
-        times.append(time.perf_counter() - started_s)
-    return STREAM_BYTES / min(times)
+    num_bytes, started_s = 0, time.perf_counter()
+    for data in packed.weight_data():
+        kernels.stream_words(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(data.numel() // 4))
+        num_bytes += data.numel()
+    return num_bytes / (time.perf_counter() - started_s)
 
 
 def measured_rate(format_name: str) -> float:
@@ -268,10 +279,45 @@ def _touched_experts(
     return statistics.mean(found)
 
 
-def _time_steps(step: Callable[[], None], *, max_steps: int, warm_up: int = 3) -> tuple[float, int]:
-    """Median seconds of a step, and how many were timed."""
-    for _ in range(warm_up):
-        step()
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """A tenth of a second of steps, and the bandwidth around it in bytes per second."""
+
+    step_s: float
+    steps: int
+    bandwidth: float
+    joules: float
+    joules_kind: str
+
+
+def _windows(step: Callable[[], None], packed: PackedModel) -> list[_Window]:
+    """Steps for `MIN_SECONDS` in all, each window between two measurements of the bandwidth whose mean it is held against."""
+    windows: list[_Window] = []
+    spent_s, before = 0.0, measured_bandwidth(packed)
+    while spent_s < MIN_SECONDS:
+        times: list[float] = []
+        with EnergyMeter() as meter:
+            while not times or sum(times) < WINDOW_SECONDS:
+                started_s = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - started_s)
+        reading, after = meter.reading(), measured_bandwidth(packed)
+        windows.append(
+            _Window(
+                step_s=statistics.median(times),
+                steps=len(times),
+                bandwidth=(before + after) / 2,
+                joules=reading.joules,
+                joules_kind=reading.kind,
+            )
+        )
+        spent_s, before = spent_s + sum(times), after
+    return windows
+
+
+def _time_steps(step: Callable[[], None], *, max_steps: int) -> tuple[float, int]:
+    """Median seconds of a step, the first left out, and how many were timed."""
+    step()
     times: list[float] = []
     while len(times) < max_steps and (sum(times) < MIN_SECONDS or len(times) < 3):
         started_s = time.perf_counter()

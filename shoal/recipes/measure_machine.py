@@ -19,7 +19,7 @@ from shoal.log import read_metrics, say
 from shoal.model.transformer import Transformer, initialise
 from shoal.planner.calibration import Calibration, DecodePoint, MemoryGrowth, TrainingPoint, calibration_path, to_json
 from shoal.presets import preset
-from shoal.recipes.bench import bench_decode, load_packed
+from shoal.recipes.bench import NEW_TOKENS, bench_decode, load_packed
 from shoal.recipes.demo import demo_config
 from shoal.recipes.run import current_commit, only_run, write_json
 from shoal.text.loader import Loader
@@ -117,7 +117,7 @@ def _growth(
 
 
 def _decode(name: str) -> DecodePoint:
-    found = bench_decode(load_packed(None, name, "bf16", DECODE_CONTEXT + 512), batch=1, context=DECODE_CONTEXT)
+    found = bench_decode(load_packed(None, name, "bf16", DECODE_CONTEXT + NEW_TOKENS), batch=1, context=DECODE_CONTEXT)
     model = preset(name).replace(num_nextn_predict_layers=0)
     return DecodePoint(model=model, context_tokens=DECODE_CONTEXT, step_s=1 / found["tokens_per_s"])
 

@@ -196,3 +196,26 @@ def test_every_optimizer_step_is_seen_by_the_packed_weights(kind):
             for runner in (packed, plain)
         ]
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused_before_anything_is_read():
+    model = model_of({})
+    packed = PackedModel(model.config, model.state_dict().__getitem__, "f32")
+    cache = torch.zeros(model.config.num_hidden_layers, 1, 16, model.config.cache_width)
+    zero = torch.zeros(1, dtype=torch.int32)
+    for token in (-1, model.config.vocab_size):
+        with pytest.raises(IndexError, match=r"0\.\.96"):
+            packed.run(torch.tensor([token]), zero, zero, cache, output_row=zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_looks_tokens_up_as_embed_does(dtype):
+    model = model_of({})
+    weights = {**model.state_dict(), "embed_tokens.weight": model.state_dict()["embed_tokens.weight"].to(dtype)}
+    packed = PackedModel(model.config, weights.__getitem__, "f32")
+    token, at = torch.tensor([5, 0, 96]), torch.arange(3, dtype=torch.int32)
+    logits = []
+    for hidden_in in (None, packed.embed(token)):
+        cache = torch.zeros(model.config.num_hidden_layers, 1, 16, model.config.cache_width)
+        logits.append(packed.run(token, at, torch.zeros_like(at), cache, output_row=at, hidden_in=hidden_in))
+    assert torch.equal(logits[0], logits[1])

@@ -145,7 +145,9 @@ def test_every_code_of_a_word_finds_its_place_in_a_panel(rows, cols, group):
     code, scale = int4.quantise(torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(rows)), group)
     packed = pack(Codes("int4", group, int4.to_words(code), scale, word_cols=cols))
     assert packed.cols == cols and packed.rows == rows
-    panel = packed.data[0, 0].view(-1, 16, 4)  # eight columns, sixteen rows, four columns and the four after them
-    for row, column in itertools.product(range(min(rows, 16)), range(0, cols, 3)):
-        byte = int(panel[column // 8, row, column % 4])
+    panels = -(-rows // 16)
+    # lines of eight columns, panels, sixteen rows, four columns and the four after them
+    bundle = packed.data[0].flatten()[: min(panels, 4) * packed.data.shape[-1]].view(-1, min(panels, 4), 16, 4)
+    for row, column in itertools.product(range(min(rows, 64)), range(0, cols, 3)):
+        byte = int(bundle[column // 8, row // 16, row % 16, column % 4])
         assert (byte >> 4 if column % 8 > 3 else byte & 15) == int(code[0, row, column]) + 8

@@ -14,7 +14,6 @@ needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler: n
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     monkeypatch.setattr(bench, "MIN_SECONDS", 0.01)
-    monkeypatch.setattr(bench, "STREAM_BYTES", 1 << 22)
     monkeypatch.setattr(bench, "measured_rate", lambda _: 1e12)
 
 

@@ -37,6 +37,10 @@ class Forward {
   public:
     explicit Forward(const Model& model) : m(model) {}
 
+    bool knows_tokens(const Batch& b) const {
+        return !b.token || std::all_of(b.token, b.token + b.tokens, [&](int64_t token) { return token >= 0 && token < m.head.rows; });
+    }
+
     template <typename T>
     void run(const Batch& batch) {
         prepare<T>(batch);
@@ -122,8 +126,18 @@ class Forward {
     void product(Member& member, const Matrix& w, const Inputs& x, int64_t tokens, Use&& use) {
         const int64_t panels = w.panels(), grain = panels >= 32 ? 4 : 2;
         member.each((panels + grain - 1) / grain, [&](int64_t task) {
-            for_panels(w, 0, task * grain, std::min(panels, (task + 1) * grain), x, all_rows.data(), tokens, nullptr, use);
+            for_panels(w, 0, task * grain, std::min(panels, (task + 1) * grain), x, all_rows.data(), tokens, use);
         });
+    }
+
+    // The row of the vocabulary where token t begins.
+    void embed(const Batch& b, int64_t t) const {
+        float* to = b.x + t * m.hidden;
+        const int64_t from = b.token[t] * m.hidden;
+        if (m.embedding_is_bf16)
+            for (int64_t i = 0; i < m.hidden; ++i) to[i] = load(static_cast<const bf16*>(m.embedding) + from, i);
+        else
+            std::memcpy(to, static_cast<const float*>(m.embedding) + from, m.hidden * sizeof(float));
     }
 
     void norm_into(int64_t thread, const float* x, const float* weight, int64_t width, float eps, const Inputs& to, int64_t t) {
@@ -139,7 +153,10 @@ class Forward {
         T* entries = static_cast<T*>(b.cache) + index * b.layer_stride;
         T* queries = reinterpret_cast<T*>(lifted.data());
         const Inputs hidden = normed.of(layer.down_projections), latent = query_latent.of(layer.query_up), mixed = attended.of(layer.output);
-        member.each(tokens, [&](int64_t t) { norm_into(thread, b.x + t * m.hidden, layer.input_norm, m.hidden, m.norm_eps, hidden, t); });
+        member.each(tokens, [&](int64_t t) {
+            if (index == 0 && b.token) embed(b, t);
+            norm_into(thread, b.x + t * m.hidden, layer.input_norm, m.hidden, m.norm_eps, hidden, t);
+        });
         product(member, layer.down_projections, hidden, tokens,
                 [&](int64_t t, int64_t p, Lanes v) { put_panel(down.data() + t * down_rows, down_rows, p, v); });
         member.each(tokens, [&](int64_t t) {
@@ -193,7 +210,7 @@ class Forward {
         const int64_t grain = std::min<int64_t>(w.panels(), 8), per_head = (w.panels() + grain - 1) / grain;
         member.each(m.heads * per_head, [&](int64_t task) {
             const int64_t h = task / per_head, first = task % per_head * grain;
-            for_panels(w, h, first, std::min(w.panels(), first + grain), plain, head_rows.data() + h * b.tokens, b.tokens, nullptr,
+            for_panels(w, h, first, std::min(w.panels(), first + grain), plain, head_rows.data() + h * b.tokens, b.tokens,
                        [&](int64_t t, int64_t p, Lanes v) { put(queries + (t * m.heads + h) * m.entry_width() + p * LANES, v * m.softmax_scale); });
         });
     }
@@ -261,7 +278,7 @@ class Forward {
         const Matrix& w = layer.value_up;
         const Inputs mixed = mixed_latent.of(w);
         member.each(m.heads, [&](int64_t h) {
-            for_panels(w, h, 0, w.panels(), mixed, head_rows.data() + h * b.tokens, b.tokens, nullptr,
+            for_panels(w, h, 0, w.panels(), mixed, head_rows.data() + h * b.tokens, b.tokens,
                        [&](int64_t t, int64_t p, Lanes v) { put_panel(values.data() + (t * m.heads + h) * m.value, m.value, p, v); });
         });
     }
@@ -314,11 +331,8 @@ class Forward {
             const int64_t start = shared ? 0 : routes.first[e], count = shared ? b.tokens : routes.first[e + 1] - start;
             const int64_t stride = padded(shared ? layer.shared_down.cols : layer.expert_down.cols);
             float* out = shared ? shared_gate.data() : gate.data() + start * stride;
-            // Where this thread goes after the last panels of an expert: to the next one's first.
-            const bool leaves = !shared && first + 4 >= w.panels() && task + 1 < of_experts;
-            const uint8_t* after = leaves ? w.panel(routes.active[task / per_expert + 1], 0) : nullptr;
             Lanes gate_value = {};
-            for_panels(w, e, first, std::min(w.panels(), first + 4), x, shared ? all_rows.data() : routes.token.data() + start, count, after,
+            for_panels(w, e, first, std::min(w.panels(), first + 4), x, shared ? all_rows.data() : routes.token.data() + start, count,
                        [&](int64_t r, int64_t p, Lanes v) {
                            if (p % 2 == 0) gate_value = v;
                            else put(out + r * stride + p / 2 * LANES, gate_value / (1.0f + exp_lanes(-gate_value)) * v);
@@ -330,19 +344,16 @@ class Forward {
     void down_projections(Member& member, const Batch& b, const Layer& layer, const Inputs& routed_act, const Inputs& always_act, bool routed) {
         const Matrix& w = layer.expert_down;
         const bool shared = layer.shared_down.format != ABSENT;
-        const int64_t panels = (routed ? w : layer.shared_down).panels(), grain = panels >= 32 ? 4 : 2;
+        // A task goes from expert to expert, and where a piece ends the stream of weights breaks off: one task per thread.
+        const int64_t panels = (routed ? w : layer.shared_down).panels(), grain = padded(std::max<int64_t>(1, panels / threads), panels >= 32 ? BUNDLE : 2);
         member.each((panels + grain - 1) / grain, [&](int64_t task) {
             const int64_t first = task * grain, last = std::min(panels, first + grain), active = routed ? routes.num_active : 0;
             if (shared)
-                for_panels(layer.shared_down, 0, first, last, always_act, all_rows.data(), b.tokens, active ? w.panel(routes.active[0], first) : nullptr,
+                for_panels(layer.shared_down, 0, first, last, always_act, all_rows.data(), b.tokens,
                            [&](int64_t t, int64_t p, Lanes v) { add_panel(b.x + t * m.hidden, m.hidden, p, v); });
             for (int64_t i = 0; i < active; ++i) {
                 const int64_t e = routes.active[i], start = routes.first[e];
-                const uint8_t* after = i + 1 < active  ? w.panel(routes.active[i + 1], first)
-                                       : last >= panels ? nullptr
-                                       : shared         ? layer.shared_down.panel(0, last)
-                                                        : w.panel(routes.active[0], last);
-                for_panels(w, e, first, last, routed_act, routes.row.data() + start, routes.first[e + 1] - start, after, [&](int64_t r, int64_t p, Lanes v) {
+                for_panels(w, e, first, last, routed_act, routes.row.data() + start, routes.first[e + 1] - start, [&](int64_t r, int64_t p, Lanes v) {
                     add_panel(b.x + routes.token[start + r] * m.hidden, m.hidden, p, v * routes.slot_weight[start + r]);
                 });
             }
@@ -369,10 +380,11 @@ int64_t shoal_struct_bytes(int32_t which) {
 void* forward_new(const shoal::Model* model) { return new (std::nothrow) shoal::Forward(*model); }
 void forward_free(void* forward) { delete static_cast<shoal::Forward*>(forward); }
 
-// 0, or 1 when memory ran out.
+// 0; 1 when memory ran out; 2 when a token lies outside of the vocabulary.
 int32_t forward_run(void* forward, const shoal::Batch* batch) {
     try {
         auto& f = *static_cast<shoal::Forward*>(forward);
+        if (!f.knows_tokens(*batch)) return 2;
         if (batch->cache_is_bf16)
             f.run<shoal::bf16>(*batch);
         else

@@ -33,6 +33,8 @@ struct Model {
     float routed_scale, norm_eps, latent_norm_eps, softmax_scale;
     const float* rotations;  // [positions][rotary / 2][cos, sin]
     const float* final_norm;
+    const void* embedding;   // [vocabulary, hidden] in float or bfloat16; null: rows come ready in Batch::x
+    int32_t embedding_is_bf16;
     Matrix head;
     const Layer* layers;
 
@@ -43,7 +45,8 @@ struct Model {
 
 struct Batch {
     int64_t tokens;
-    float* x;                  // [tokens, hidden] embeddings in; final hidden states (before the last norm) out
+    const int64_t* token;      // [tokens] into the vocabulary; null: `x` holds the embeddings
+    float* x;                  // [tokens, hidden] final hidden states (before the last norm) out
     const int32_t* position;   // place in its sequence
     const int32_t* sequence;   // row of `table`
     const int32_t* table;      // pages of each sequence

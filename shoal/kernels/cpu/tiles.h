@@ -50,14 +50,15 @@ inline void configure_tiles(int64_t step) {
     _tile_loadconfig(&config);
 }
 
-// Signed inputs times unsigned weights over one group of columns, `step` at a time.
-inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, const uint8_t* second, int64_t group, int64_t step, TileSums& sums) {
+// Signed inputs times unsigned weights over one group of columns, `step` at a time; lines of weights lie `line_step` bytes apart.
+inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, const uint8_t* second, int64_t line_step, int64_t group, int64_t step,
+                      TileSums& sums) {
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t k = 0; k < group; k += step) {
         _tile_loadd(2, x + k, stride);
-        _tile_loadd(3, first + k * LANES, TILE_BYTES);
-        _tile_loadd(4, second + k * LANES, TILE_BYTES);
+        _tile_loadd(3, first + k / 4 * line_step, line_step);
+        _tile_loadd(4, second + k / 4 * line_step, line_step);
         _tile_dpbsud(0, 2, 3);
         _tile_dpbsud(1, 2, 4);
     }
@@ -69,12 +70,12 @@ inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, con
 
 inline bool tiles_allowed() { return true; }
 inline void configure_tiles(int64_t) {}
-inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, const uint8_t* second, int64_t group, int64_t, TileSums& sums) {
+inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, const uint8_t* second, int64_t line_step, int64_t group, int64_t, TileSums& sums) {
     for (int64_t r = 0; r < TILE_INPUTS; ++r)
         for (int64_t i = 0; i < LANES; ++i) {
             sums[0][r][i] = sums[1][r][i] = 0;
             for (int64_t k = 0; k < group; ++k) {
-                const int64_t at = k / 4 * TILE_BYTES + i * 4 + k % 4;
+                const int64_t at = k / 4 * line_step + i * 4 + k % 4;
                 sums[0][r][i] += x[r * stride + k] * first[at];
                 sums[1][r][i] += x[r * stride + k] * second[at];
             }
@@ -84,9 +85,9 @@ inline void tile_sums(const int8_t* x, int64_t stride, const uint8_t* first, con
 #endif
 
 // Nibbles of a panel as bytes [cols / 4][16][4].
-inline void unpack_nibbles(const uint8_t* panel, int64_t cols, uint8_t* to) {
+inline void unpack_nibbles(const Panel& panel, int64_t cols, uint8_t* to) {
     for (int64_t k = 0; k < cols / 8; ++k) {
-        const IntLanes both = int_lanes(panel + k * 64), low = both & 0x0F0F0F0F, high = (both >> 4) & 0x0F0F0F0F;
+        const IntLanes both = int_lanes(panel.data + k * panel.step), low = both & 0x0F0F0F0F, high = (both >> 4) & 0x0F0F0F0F;
         std::memcpy(to + k * 128, &low, sizeof low);
         std::memcpy(to + k * 128 + 64, &high, sizeof high);
     }
@@ -103,12 +104,15 @@ template <typename Use>
 inline void for_tiles(const Matrix& w, int64_t which, int64_t first, const Inputs& x, const int32_t* rows, int64_t count, Use&& use) {
     thread_local std::vector<int8_t> gathered;
     thread_local std::vector<uint8_t> unpacked;
-    const uint8_t* panel[2] = {w.panel(which, first), w.panel(which, first + 1)};
+    const Panel panel[2] = {w.panel(which, first), w.panel(which, first + 1)};
+    const uint8_t* bytes[2] = {panel[0].data, panel[1].data};
+    int64_t line_step = panel[0].step;
     if (w.format == I4) {
         grow(unpacked, 2 * x.cols * LANES);
+        line_step = LINE;
         for (int p = 0; p < 2; ++p) {
             unpack_nibbles(panel[p], x.cols, unpacked.data() + p * x.cols * LANES);
-            panel[p] = unpacked.data() + p * x.cols * LANES;
+            bytes[p] = unpacked.data() + p * x.cols * LANES;
         }
     }
     const int32_t offset = w.format == I4 ? 8 : 128;
@@ -127,10 +131,11 @@ inline void for_tiles(const Matrix& w, int64_t which, int64_t first, const Input
         Lanes acc[TILE_INPUTS][2] = {};
         alignas(64) TileSums sums;
         for (int64_t g = 0; g < x.groups; ++g) {
-            tile_sums(input + g * w.group, x.stride, panel[0] + g * w.group * LANES, panel[1] + g * w.group * LANES, w.group, step, sums);
+            const int64_t skipped = g * w.group / 4 * line_step;
+            tile_sums(input + g * w.group, x.stride, bytes[0] + skipped, bytes[1] + skipped, line_step, w.group, step, sums);
             for (int p = 0; p < 2; ++p) {
-                const bf16* scales = reinterpret_cast<const bf16*>(w.panel_scale(which, first + p));
-                const Lanes weight_scale = w.format == I4 ? lanes(scales + g * LANES) : Lanes{};
+                const uint8_t* scale = panel[p].scale + g * panel[p].scale_step;
+                const Lanes weight_scale = w.format == I4 ? lanes(reinterpret_cast<const bf16*>(scale)) : Lanes{};
                 for (int64_t r = 0; r < TILE_INPUTS; ++r) {
                     const int64_t at = row[r] * x.groups + g;
                     const Lanes part = to_lanes(int_lanes(sums[p][r]) - offset * x.sums[at]);
@@ -142,7 +147,7 @@ inline void for_tiles(const Matrix& w, int64_t which, int64_t first, const Input
         for (int64_t r = 0; r < TILE_INPUTS; ++r)
             for (int p = 0; p < 2; ++p) {
                 Lanes out = acc[r][p];
-                if (w.format == I8) out = out * lanes(reinterpret_cast<const float*>(w.panel_scale(which, first + p)));
+                if (w.format == I8) out = out * lanes(reinterpret_cast<const float*>(panel[p].scale));
                 use(block + r, first + p, out);
             }
     }
