@@ -24,7 +24,7 @@ from shoal.device import describe_machine
 
 PEERS = Path(__file__).parent / "peers"
 FORMATS = ("bf16", "int8", "int4", "fp8")
-TURN_SECONDS = 240
+TURN_SECONDS = 420
 
 
 def main() -> None:
