@@ -128,18 +128,6 @@ def test_random_codes_stand_for_weights_of_ordinary_size(name):
     assert 0.005 < float(weight.std()) < 0.08
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "int4-32", "int4-64"])
-def test_tiles_give_the_bits_of_the_vector_unit(name, monkeypatch):
-    tiles = products_at("tiles")
-    generator = torch.Generator().manual_seed(8)
-    packed = pack(codes_of(torch.randn(70, 200, generator=generator), name)[0])
-    x = torch.randn(37, 200, generator=generator)
-    expected = linear(packed, x)
-    monkeypatch.setattr(packed_module, "library", lambda: tiles)
-    assert torch.equal(linear(packed, x), expected)
-
-
 @pytest.mark.parametrize(("rows", "cols", "group"), [(16, 32, 32), (40, 200, 64), (7, 77, 32), (33, 1000, 128)])
 def test_every_code_of_a_word_finds_its_place_in_a_panel(rows, cols, group):
     code, scale = int4.quantise(torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(rows)), group)

@@ -4,9 +4,9 @@ The library is built with the machine's own compiler and instruction set (some s
 name that is the hash of everything that went in, and loaded through ctypes. With no compiler, or when the build fails, the
 PyTorch reference does the work and one line says why.
 
-`SHOAL_KERNELS` forces a level: `avx512` (with VNNI and bfloat16 products), `avx2`, `plain` (what every x86-64 or ARM core
-has), `tiles` (the AMX path with plain loops for its instructions, for tests), `sanitize` (address and undefined-behaviour checks, for `make sanitize`) or `off`. One source serves all levels: vector
-types of 64 bytes, which the compiler splits where registers are shorter.
+`SHOAL_KERNELS` forces a level: `amx` (AVX-512 and matrix tiles), `avx512` (with VNNI and bfloat16 products), `avx2`, `plain` (what
+every x86-64 or ARM core has), `sanitize` (address and undefined-behaviour checks, for `make sanitize`) or `off`. One source
+serves all levels: vector types of 64 bytes, which the compiler splits where registers are shorter.
 """
 
 import ctypes
@@ -64,13 +64,14 @@ FLAGS = (
 )
 LEVELS: dict[str, tuple[str, ...]] = {
     "native": ("-O3", "-march=native"),
+    "amx": ("-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
     "avx512": ("-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
     "avx2": ("-O3", "-march=x86-64-v3"),
     "plain": ("-O3",),
-    "tiles": ("-O3", "-march=native", "-DSHOAL_EMULATED_TILES"),
     "sanitize": ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 }
-NEEDED = {"avx512": {"avx512f", "avx512_vnni", "avx512_bf16"}, "avx2": {"avx2"}}
+AVX512 = {"avx512f", "avx512_vnni", "avx512_bf16"}
+NEEDED = {"amx": {*AVX512, "amx_int8", "amx_bf16"}, "avx512": AVX512, "avx2": {"avx2"}}
 """What a processor must report before a level is loaded: another one would die of an illegal instruction."""
 BUILD_TIMEOUT_S = 300
 

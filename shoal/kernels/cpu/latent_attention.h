@@ -4,10 +4,13 @@
 // packed as a panel [W][16 heads], cached entries are the inputs, and one vector holds the scores of 16 heads for one
 // position. Softmax then runs lane by lane with no reductions. Positions are taken in chunks whose results are merged in
 // order; the chunk size is fixed, so that a long context may be split over threads and still give the same bits.
+//
+// With tiles (tiles.h) sixteen positions or columns go at once: entries are the inputs of the scores as they lie, the panel of
+// queries their weights; for the mixture the weights of the softmax are turned, and entries are paired by positions.
 
 #pragma once
 
-#include "simd.h"
+#include "tiles.h"
 
 namespace shoal {
 
@@ -21,6 +24,8 @@ struct PagedEntries {
     const int32_t* table;
     int64_t page_tokens, page_stride, width;
     const T* at(int64_t t) const { return entries + table[t / page_tokens] * page_stride + t % page_tokens * width; }
+    // Sixteen positions from a multiple of sixteen on lie together, and whole tiles make an entry.
+    bool by_tiles() const { return sizeof(T) == 2 && page_tokens % TILE_INPUTS == 0 && width % TILE_PAIRS == 0 && tiles_allowed(); }
 };
 
 // Numbers per 32 bits of an operand: a pair of bfloat16, or one float.
@@ -76,6 +81,84 @@ inline void chunk_scores(const PagedEntries<T>& cache, const T* panel, int64_t s
     }
 }
 
+// Columns [c, c + 16) of two entries, so that a pair of numbers holds one column of both.
+inline IntLanes paired_columns(const bf16* first, const bf16* second, int64_t c) {
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    Half low, high;
+    std::memcpy(&low, first + c, sizeof low);
+    std::memcpy(&high, second + c, sizeof high);
+    const Wide joined = __builtin_convertvector(low, Wide) | (__builtin_convertvector(high, Wide) << 16);
+    IntLanes pairs;
+    std::memcpy(&pairs, &joined, sizeof pairs);
+    return pairs;
+}
+
+#if defined(SHOAL_TILES)
+
+// chunk_scores through tiles: 16 positions are a block of inputs, the queries' panel is the weights. What is scored behind the
+// last position, to the end of its sixteen, is never read.
+inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* panel, int64_t start, int64_t count, ChunkScratch<bf16>& s) {
+    static_assert(CHUNK == 4 * TILE_INPUTS, "four tiles of sums take a chunk");
+    const bf16* entry[4];
+    for (int64_t i = 0; i < 4; ++i) entry[i] = cache.at(start + std::min(i * TILE_INPUTS, (count - 1) / TILE_INPUTS * TILE_INPUTS));
+    configure_tiles(TILE_INPUTS);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < cache.width; k += TILE_PAIRS) {
+        _tile_loadd(6, panel + k * LANES, TILE_BYTES);
+        _tile_loadd(4, entry[0] + k, cache.width * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        if (count <= TILE_INPUTS) continue;
+        _tile_loadd(5, entry[1] + k, cache.width * 2);
+        _tile_dpbf16ps(1, 5, 6);
+        if (count <= 2 * TILE_INPUTS) continue;
+        _tile_loadd(4, entry[2] + k, cache.width * 2);
+        _tile_dpbf16ps(2, 4, 6);
+        if (count <= 3 * TILE_INPUTS) continue;
+        _tile_loadd(5, entry[3] + k, cache.width * 2);
+        _tile_dpbf16ps(3, 5, 6);
+    }
+    _tile_stored(0, s.score[0], TILE_BYTES);
+    _tile_stored(1, s.score[TILE_INPUTS], TILE_BYTES);
+    _tile_stored(2, s.score[2 * TILE_INPUTS], TILE_BYTES);
+    _tile_stored(3, s.score[3 * TILE_INPUTS], TILE_BYTES);
+}
+
+// mix_columns through tiles, always for 16 heads. Positions behind the last one weigh nothing.
+inline void mix_columns_by_tiles(const PagedEntries<bf16>& cache, const bf16* weight, int64_t start, int64_t count, int64_t latent, float* mixed) {
+    constexpr int64_t PAIRS = CHUNK / 2;
+    alignas(64) IntLanes turned[PAIRS], paired[PAIRS];  // [half of the chunk][head][pair of positions]; [pair][column]
+    const bf16* entry[CHUNK];
+    for (int64_t t = 0; t < CHUNK; ++t) entry[t] = cache.at(start + std::min(t, count - 1));
+    for (int64_t pair = 0; pair < PAIRS; ++pair) turned[pair] = 2 * pair < count ? int_lanes(weight + pair * 2 * LANES) : IntLanes{};
+    transpose(*reinterpret_cast<IntLanes(*)[LANES]>(turned));
+    transpose(*reinterpret_cast<IntLanes(*)[LANES]>(turned + LANES));
+    _tile_loadd(4, turned, TILE_BYTES);
+    _tile_loadd(5, turned + LANES, TILE_BYTES);
+    const int64_t pairs = count <= TILE_PAIRS ? LANES : PAIRS;
+    for (int64_t c = 0; c < latent; c += LANES) {
+        for (int64_t pair = 0; pair < pairs; ++pair) paired[pair] = paired_columns(entry[2 * pair], entry[2 * pair + 1], c);
+        _tile_zero(0);
+        _tile_loadd(6, paired, TILE_BYTES);
+        _tile_dpbf16ps(0, 4, 6);
+        if (pairs == PAIRS) {
+            _tile_loadd(7, paired + LANES, TILE_BYTES);
+            _tile_dpbf16ps(0, 5, 7);
+        }
+        _tile_stored(0, mixed + c, latent * sizeof(float));
+    }
+}
+
+#else
+
+inline void chunk_scores_by_tiles(const PagedEntries<bf16>&, const bf16*, int64_t, int64_t, ChunkScratch<bf16>&) {}
+inline void mix_columns_by_tiles(const PagedEntries<bf16>&, const bf16*, int64_t, int64_t, int64_t, float*) {}
+
+#endif
+
 // mixed[h][c] = sum over t of weight[t][h] * entry[t][c], for HEADS heads and 16 columns at a time.
 template <typename T, int HEADS>
 inline void mix_columns(const PagedEntries<T>& cache, const T* weight, int64_t start, int64_t count, int64_t latent, float* mixed) {
@@ -85,15 +168,7 @@ inline void mix_columns(const PagedEntries<T>& cache, const T* weight, int64_t s
         Lanes acc[HEADS] = {};
         for (int64_t t = 0; t < count; t += PACK<T>) {
             if constexpr (sizeof(T) == 2) {
-                // Interleave two positions, so that a pair holds one column of both.
-                typedef uint16_t Half __attribute__((vector_size(32)));
-                typedef uint32_t Wide __attribute__((vector_size(64)));
-                Half first, second;
-                std::memcpy(&first, entry[t] + c, sizeof first);
-                std::memcpy(&second, entry[t + 1] + c, sizeof second);
-                const Wide joined = __builtin_convertvector(first, Wide) | (__builtin_convertvector(second, Wide) << 16);
-                IntLanes pairs;
-                std::memcpy(&pairs, &joined, sizeof pairs);
+                const IntLanes pairs = paired_columns(entry[t], entry[t + 1], c);
                 for (int h = 0; h < HEADS; ++h) acc[h] = dot_pairs(acc[h], pairs, pair_at(weight + t * LANES + 2 * h));
             } else {
                 const Lanes column = lanes(entry[t] + c);
@@ -108,7 +183,11 @@ inline void mix_columns(const PagedEntries<T>& cache, const T* weight, int64_t s
 template <typename T>
 inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t start, int64_t count, int64_t latent, int64_t heads,
                          ChunkScratch<T>& s, Partial& out) {
-    chunk_scores(cache, panel, start, count, s);
+    const bool by_tiles = cache.by_tiles();
+    if (!by_tiles)
+        chunk_scores(cache, panel, start, count, s);
+    else if constexpr (sizeof(T) == 2)
+        chunk_scores_by_tiles(cache, panel, start, count, s);
     Lanes top = lanes(s.score[0]);
     for (int64_t t = 1; t < count; ++t) top = max_lanes(top, lanes(s.score[t]));
     Lanes sum = {};
@@ -126,6 +205,8 @@ inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t s
     }
     out.top = top;
     out.sum = sum;
+    if constexpr (sizeof(T) == 2)
+        if (by_tiles) return mix_columns_by_tiles(cache, s.weight, start, count, latent, out.mixed);
     if (heads <= 4)
         mix_columns<T, 4>(cache, s.weight, start, count, latent, out.mixed);
     else if (heads <= 8)

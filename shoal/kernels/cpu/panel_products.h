@@ -202,6 +202,7 @@ inline void for_rows(const Matrix& w, int64_t which, int64_t first, const Inputs
 // would wait.
 template <typename Use>
 inline void for_panels(const Matrix& w, int64_t which, int64_t first, int64_t last, const Inputs& x, const int32_t* rows, int64_t num_rows, Use&& use) {
+    if (pairs_by_tiles(w)) return for_pair_tiles(w, which, first, last, x, rows, num_rows, use);
     int64_t panel = first;
     const int64_t by_tiles = inputs_by_tiles(w, num_rows);
     while (panel < last) {
