@@ -12,6 +12,9 @@ app.add_typer(bench_app, name="bench")
 BenchModelArgument = Annotated[str | None, typer.Argument(help="Model directory or run directory; or use --preset.")]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="Random weights in this preset's shape.")]
 WeightsOption = Annotated[str, typer.Option(help="f32, bf16, fp8, int8, int4, or auto: as stored, else bf16.")]
+GroupOption = Annotated[
+    int | None, typer.Option(help="Columns that share a scale, of a preset in int4: 32 (the default), 64 or 128.")
+]
 
 
 @bench_app.command("decode")
@@ -19,6 +22,7 @@ def bench_decode(
     model: BenchModelArgument = None,
     preset: PresetOption = None,
     weights: WeightsOption = "auto",
+    group: GroupOption = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens each has in its cache.")] = 128,
     json_output: JsonOption = False,
@@ -33,7 +37,7 @@ def bench_decode(
     from shoal.recipes.bench import bench_decode as measure
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, context + NEW_TOKENS), batch=batch, context=context)
+    result = measure(load_packed(model, preset, weights, context + NEW_TOKENS, group), batch=batch, context=context)
     if json_output:
         print_json(published(result))
 
@@ -43,6 +47,7 @@ def bench_prefill(
     model: BenchModelArgument = None,
     preset: PresetOption = None,
     weights: WeightsOption = "auto",
+    group: GroupOption = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     json_output: JsonOption = False,
 ) -> None:
@@ -56,7 +61,7 @@ def bench_prefill(
     from shoal.recipes.bench import load_packed, published
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, tokens), tokens=tokens)
+    result = measure(load_packed(model, preset, weights, tokens, group), tokens=tokens)
     if json_output:
         print_json(published(result))
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.checkpoint.quantised import INT4_GROUPS
 from shoal.checkpoint.stored_weights import StoredWeights
 from shoal.config import ModelConfig
 from shoal.engine.codes import INT4_GROUP, quantised
@@ -36,8 +37,8 @@ from shoal.planner.energy import EnergyMeter
 from shoal.presets import PRESETS, preset
 
 WEIGHTS = ("f32", "bf16", "fp8", "int8", "int4")
-BITS = {"f32": 32.0, "bf16": 16.0, "fp8": 8.0 + 32 / (16 * 128), "int8": 8.0, "int4": 4.0 + 16 / INT4_GROUP}
-"""Stored bits of one weight, scales included (int8: one scale per row is neglected)."""
+BITS = {"f32": 32.0, "bf16": 16.0, "fp8": 8.0 + 32 / (16 * 128), "int8": 8.0, "int4": 4.0}
+"""Stored bits of one weight; int8 has a scale per row besides, which is neglected, int4 one of 16 bits for each group."""
 
 PAGE_TOKENS = 64
 NEW_TOKENS = 64
@@ -57,21 +58,28 @@ class BenchModel:
     source: str
 
 
-def load_packed(model: str | None, preset_name: str | None, weights: str, max_positions: int) -> BenchModel:
+def load_packed(
+    model: str | None, preset_name: str | None, weights: str, max_positions: int, group: int | None = None
+) -> BenchModel:
     """Pack a model directory or a preset with random weights.
 
+    Args:
+        group: columns of an int4 matrix that share a scale, of a preset; a directory has its own.
+
     Raises:
-        ConfigError: unknown preset or format, or neither a model nor a preset named.
+        ConfigError: unknown preset, format or group, or neither a model nor a preset named.
     """
     if weights not in ("auto", *WEIGHTS):
         raise ConfigError(f"weights={weights!r} is not a format; use auto or one of {', '.join(WEIGHTS)}.")
     if (model is None) == (preset_name is None):
         raise ConfigError(f"name a model directory or a preset, one of them; presets: {', '.join(sorted(PRESETS))}.")
+    if group is not None and (preset_name is None or weights != "int4" or group not in INT4_GROUPS):
+        raise ConfigError(f"group={group}: a preset in int4 can have {', '.join(map(str, INT4_GROUPS))}.")
     started_s = time.perf_counter()
     if preset_name is not None:
         config = preset(preset_name).replace(num_nextn_predict_layers=0)
         format_name = "bf16" if weights == "auto" else weights
-        packed = PackedModel(config, RandomWeights(config), format_name, max_positions=max_positions)
+        packed = PackedModel(config, RandomWeights(config), format_name, group=group, max_positions=max_positions)
     else:
         packed = pack_stored(StoredWeights(find_model(Path(str(model)))), weights, max_positions=max_positions)
     return BenchModel(packed=packed, load_s=time.perf_counter() - started_s, source=preset_name or str(model))
@@ -189,7 +197,7 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
         seconds, rounds = _time_steps(read, max_steps=20)
     reading, peak_bytes = meter.reading(), peak_rss_bytes()
     flops = prefill_flops(packed.config, tokens)
-    rate_flops = measured_rate(packed.format)
+    rate_flops = measured_rate(packed.format, packed.group)
     rate, limit = tokens / seconds, tokens * rate_flops / flops
     say(
         f"prefill {bench.source} {packed.format}: {rate:.0f} tokens/s, {flops / seconds / 1e9:.0f} GFLOP/s, "
@@ -223,7 +231,8 @@ def decode_bytes(packed: PackedModel, batch: int, context: int, experts_per_laye
     always = counts.active - moe_layers * config.num_experts_per_tok * expert_parameters(config)
     reached = moe_layers * experts_per_layer * expert_parameters(config)
     cache = batch * context * cache_bytes_per_token(config)
-    return (always + reached) * BITS[packed.format] / 8 + cache
+    bits = BITS[packed.format] + (16 / (packed.group or INT4_GROUP) if packed.format == "int4" else 0)
+    return (always + reached) * bits / 8 + cache
 
 
 def measured_bandwidth(packed: PackedModel) -> float:
@@ -237,11 +246,11 @@ def measured_bandwidth(packed: PackedModel) -> float:
     return num_bytes / (time.perf_counter() - started_s)
 
 
-def measured_rate(format_name: str) -> float:
+def measured_rate(format_name: str, group: int | None = None) -> float:
     """Operations per second of a product of 512 rows with a 2048 x 2048 matrix in this format, or in PyTorch's bfloat16
     if that is faster."""
     weight, x_MD = torch.randn(1, 2048, 2048), torch.randn(512, 2048)
-    packed = pack(quantised(weight, format_name))
+    packed = pack(quantised(weight, format_name, group))
     low_weight, low_x = weight[0].bfloat16(), x_MD.bfloat16()
     best_s = min(_best_time(lambda: linear(packed, x_MD)), _best_time(lambda: low_x @ low_weight.t()))
     return 2 * 512 * 2048 * 2048 / best_s

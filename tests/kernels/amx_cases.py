@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_prompts_in_chunks_give_the_bits_of_whole_ones():
     for cuts in ((0, 150), (0, 1, 70, 128, 150)):
         cache = torch.zeros(3, 1, 192, model.config.cache_width, dtype=torch.bfloat16)
         parts = []
-        for start, stop in zip(cuts, cuts[1:]):
+        for start, stop in itertools.pairwise(cuts):
             rows = torch.arange(stop - start)
             parts.append(packed.run(tokens[start:stop], at[start:stop], zero[start:stop], cache, output_row=rows))
         outputs.append(torch.cat(parts))

@@ -14,7 +14,7 @@ needs_kernels = pytest.mark.skipif(library() is None, reason="no C++ compiler: n
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     monkeypatch.setattr(bench, "MIN_SECONDS", 0.01)
-    monkeypatch.setattr(bench, "measured_rate", lambda _: 1e12)
+    monkeypatch.setattr(bench, "measured_rate", lambda *_: 1e12)
 
 
 @needs_kernels

@@ -46,7 +46,11 @@ inline void pack_queries(const T* query, int64_t heads, int64_t width, T* panel)
     for (int64_t k = 0; k < words; k += LANES) {
         IntLanes row[LANES] = {};
         const int64_t valid = std::min(LANES, words - k);
-        for (int64_t h = 0; h < heads; ++h) std::memcpy(&row[h], query + h * width + k * PACK<T>, valid * 4);
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* from = query + h * width + k * PACK<T>;
+            if (valid == LANES) row[h] = int_lanes(from);
+            else std::memcpy(&row[h], from, valid * 4);
+        }
         transpose(row);
         std::memcpy(panel + k * LANES * PACK<T>, row, valid * sizeof(IntLanes));
     }

@@ -1,9 +1,9 @@
 // Products of inputs with packed weights: R rows of inputs times P panels of 16 outputs at a time.
 //
 // Few rows: the weights come from memory and are used R times; what counts is that they stream. Four panels side by side,
-// which is how they lie, hide the latency of the multipliers. Many rows: R x P = 24 accumulators live in registers, two
-// vectors of weights serve twelve rows, and the panels stay in the cache from one block of rows to the next. Both add in the
-// same order, so that their bits agree.
+// which is how they lie, hide the latency of the multipliers. Many rows: the panels stay in the cache from one block of rows to
+// the next, and R x P accumulators in registers: 6 x 4, or 3 x 4 for bytes, which have a second set for sums in floating point
+// and lose more by spilling it than by loading weights oftener. All add in the same order, so that their bits agree.
 
 #pragma once
 
@@ -180,42 +180,39 @@ inline void panel_product(const Matrix& w, const Panel& panel, const Inputs& x, 
 // Call `use(row number, panel, sixteen outputs)` for P panels of one bundle, from `first` on, and every one of `num_rows`
 // inputs but the first `done`; panels of one row ascend.
 template <int P, typename Use>
-inline void for_rows(const Matrix& w, int64_t which, int64_t first, const Inputs& x, const int32_t* rows, int64_t num_rows, Use&& use, int64_t done = 0) {
+inline void for_rows(const Matrix& w, int64_t which, int64_t first, const Inputs& x, const int32_t* rows, int64_t num_rows, Use&& use, int64_t done) {
     const Panel panel = w.panel(which, first);
-    auto block = [&](auto size) {
+    auto block = [&](auto size, int64_t least) {
         constexpr int R = decltype(size)::value;
-        for (; done + R <= num_rows; done += R) {
+        for (; num_rows - done >= least; done += R) {
             Outputs<R, P> out;
             panel_product<R, P>(w, panel, x, rows + done, out);
             for (int r = 0; r < R; ++r)
                 for (int p = 0; p < P; ++p) use(done + r, first + p, out[r][p]);
         }
     };
-    if constexpr (P <= 2) block(std::integral_constant<int, 12>{});
-    if constexpr (P == 2) block(std::integral_constant<int, 8>{});
-    block(std::integral_constant<int, 4>{});
-    block(std::integral_constant<int, 2>{});
-    block(std::integral_constant<int, 1>{});
+    const bool bytes = w.format == I8 || w.format == I4;
+    if constexpr (P <= 2) block(std::integral_constant<int, 8>{}, 8);
+    else if (bytes) block(std::integral_constant<int, 3>{}, 5);
+    else block(std::integral_constant<int, 6>{}, 6);
+    block(std::integral_constant<int, 4>{}, 4);
+    if constexpr (P == BUNDLE) block(std::integral_constant<int, 3>{}, 3);
+    block(std::integral_constant<int, 2>{}, 2);
+    block(std::integral_constant<int, 1>{}, 1);
 }
 
-// The same for all panels of [first, last), `first` even: two at a time, or four when rows are so few that the multipliers
-// would wait.
+// The same for all panels of [first, last), `first` even: bundles where they are whole, else two panels or one.
 template <typename Use>
 inline void for_panels(const Matrix& w, int64_t which, int64_t first, int64_t last, const Inputs& x, const int32_t* rows, int64_t num_rows, Use&& use) {
     if (pairs_by_tiles(w)) return for_pair_tiles(w, which, first, last, x, rows, num_rows, use);
-    int64_t panel = first;
     const int64_t by_tiles = inputs_by_tiles(w, num_rows);
-    while (panel < last) {
-        if (num_rows <= 4 && panel % BUNDLE == 0 && panel + BUNDLE <= last) {
-            for_rows<BUNDLE>(w, which, panel, x, rows, num_rows, use);
-            panel += BUNDLE;
-        } else if (panel + 2 <= last) {
-            if (by_tiles) for_tiles(w, which, panel, x, rows, by_tiles, use);
-            for_rows<2>(w, which, panel, x, rows, num_rows, use, by_tiles);
-            panel += 2;
-        } else {
-            for_rows<1>(w, which, panel++, x, rows, num_rows, use);
-        }
+    for (int64_t panel = first; panel < last;) {
+        const int64_t width = panel % BUNDLE == 0 && panel + BUNDLE <= last ? BUNDLE : panel + 2 <= last ? 2 : 1, done = width > 1 ? by_tiles : 0;
+        for (int64_t pair = 0; done && pair < width; pair += 2) for_tiles(w, which, panel + pair, x, rows, done, use);
+        if (width == BUNDLE) for_rows<BUNDLE>(w, which, panel, x, rows, num_rows, use, done);
+        else if (width == 2) for_rows<2>(w, which, panel, x, rows, num_rows, use, done);
+        else for_rows<1>(w, which, panel, x, rows, num_rows, use, done);
+        panel += width;
     }
 }
 
