@@ -189,22 +189,23 @@ class _HeadLogProbability(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden_MD, token_M = hidden_MD.contiguous(), token_M.contiguous()
         ctx.panels, ctx.panels_back = _pack(weight_VD, any(ctx.needs_input_grad))
-        ctx.save_for_backward(hidden_MD, token_M)
         ctx.inverse, ctx.sizes = ctypes.c_float(1 / temperature), (*hidden_MD.shape, len(weight_VD))
-        logprob_M, entropy_M = hidden_MD.new_empty(len(token_M)), hidden_MD.new_empty(len(token_M))
-        call("head_log_probability", hidden_MD, ctx.panels, token_M, ctx.inverse, logprob_M, entropy_M, *ctx.sizes)
+        logprob_M, entropy_M, log_sum_M = (hidden_MD.new_empty(len(token_M)) for _ in range(3))
+        outputs = (logprob_M, entropy_M, log_sum_M)
+        call("head_log_probability", hidden_MD, ctx.panels, token_M, ctx.inverse, *outputs, *ctx.sizes)
+        ctx.save_for_backward(hidden_MD, token_M, log_sum_M)
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        hidden_MD, token_M = ctx.saved_tensors
+        hidden_MD, token_M, log_sum_M = ctx.saved_tensors
         _, width, vocabulary = ctx.sizes
         row_weight_M = grads[0] * -ctx.inverse.value
         grad_hidden = torch.empty_like(hidden_MD)
         grad_weight = hidden_MD.new_empty(vocabulary, width) if ctx.needs_input_grad[1] else None
-        given = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse, row_weight_M, grad_hidden, grad_weight)
-        call("head_log_probability_backward", *given, *ctx.sizes)
+        given = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse, log_sum_M, row_weight_M)
+        call("head_log_probability_backward", *given, grad_hidden, grad_weight, *ctx.sizes)
         return grad_hidden, grad_weight, None, None
 
 

@@ -9,10 +9,10 @@ namespace {
 
 using namespace shoal;
 
-constexpr int64_t BLOCK = 16;
+constexpr int64_t BLOCK = 256;
 
 struct Largest {
-    int64_t place;  // the first of equals
+    float value;
     bool all_finite;
 };
 
@@ -29,9 +29,28 @@ Largest largest_of(const float* line, int64_t width) {
     bool all_finite = true;
     for (int64_t i = 0; i < LANES; ++i) top = std::max(top, tops[i]), all_finite &= !endless[i];
     for (int64_t v = whole; v < width; ++v) top = std::max(top, line[v]), all_finite &= std::isfinite(line[v]);
+    return {top, all_finite};
+}
+
+// The first place that holds `value`, or the last one of all.
+int64_t place_of(const float* line, int64_t width, float value) {
     int64_t place = 0;
-    while (place < width - 1 && line[place] != top) ++place;
-    return {place, all_finite};
+    while (place < width - 1 && line[place] != value) ++place;
+    return place;
+}
+
+// exp((line[v] - top) * inverse) for the tokens of one block into `weight`; their sum.
+float block_weights(const float* line, int64_t width, float top, float inverse, float* weight) {
+    Lanes sums = {};
+    int64_t v = 0;
+    for (; v + LANES <= width; v += LANES) {
+        const Lanes here = exp_lanes((lanes(line + v) - top) * inverse);
+        put(weight + v, here);
+        sums += here;
+    }
+    float sum = sum_of(sums);
+    for (; v < width; ++v) sum += weight[v] = fast_exp((line[v] - top) * inverse);
+    return sum;
 }
 
 }  // namespace
@@ -41,41 +60,35 @@ extern "C" {
 // Draw one token per row: `log_softmax(logit / temperature)`, then the first token whose cumulated probability passes
 // `uniform` (temperature 0: the largest logit). Reference: engine/sampling.py.
 void sample_rows(const float* logit, const float* temperature, const double* uniform, int64_t rows, int64_t width, int64_t* token, float* logprob, uint8_t* finite) {
+    const int64_t blocks = (width + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {
-        std::vector<float> sums((width + BLOCK - 1) / BLOCK);  // of the weights of so many tokens side by side
+        std::vector<float> sums(blocks);  // of the weights of so many tokens side by side
+        alignas(64) float weight[BLOCK];
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             const float* line = logit + row * width;
             const float inverse = temperature[row] > 0.0f ? 1.0f / temperature[row] : 1.0f;
-            const Largest largest = largest_of(line, width);
-            const float top = line[largest.place];
-            finite[row] = largest.all_finite;
-            auto weight = [&](int64_t v) { return shoal::fast_exp((line[v] - top) * inverse); };
+            const auto [top, all_finite] = largest_of(line, width);
+            finite[row] = all_finite;
             double sum = 0.0;
-            for (int64_t v = 0; v < width; v += BLOCK) {
-                const int64_t stop = std::min(BLOCK, width - v);
-                float block = 0.0f;
-#pragma omp simd reduction(+ : block)
-                for (int64_t i = 0; i < stop; ++i) block += weight(v + i);
-                sums[v / BLOCK] = block;
-                sum += block;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t first = block * BLOCK;
+                sum += sums[block] = block_weights(line + first, std::min(BLOCK, width - first), top, inverse, weight);
             }
-            int64_t chosen = largest.place;
-            if (temperature[row] > 0.0f && largest.all_finite) {
+            int64_t chosen;
+            if (temperature[row] > 0.0f && all_finite) {
                 const double threshold = uniform[row] * sum;
                 double before = 0.0;
                 int64_t block = 0;
-                const int64_t last = static_cast<int64_t>(sums.size()) - 1;
-                while (block < last && before + sums[block] <= threshold) before += sums[block++];
-                chosen = std::min(width, (block + 1) * BLOCK) - 1;
-                for (int64_t v = block * BLOCK; v <= chosen; ++v) {
-                    before += weight(v);
-                    if (before > threshold) {
-                        chosen = v;
-                        break;
-                    }
-                }
+                while (block < blocks - 1 && before + sums[block] <= threshold) before += sums[block++];
+                const int64_t first = block * BLOCK, count = std::min(BLOCK, width - first);
+                block_weights(line + first, count, top, inverse, weight);
+                int64_t place = 0;
+                while (place < count - 1 && (before += weight[place]) <= threshold) ++place;
+                chosen = first + place;
+            } else {
+                chosen = place_of(line, width, top);
             }
             token[row] = chosen;
             logprob[row] = (line[chosen] - top) * inverse - static_cast<float>(std::log(sum));
