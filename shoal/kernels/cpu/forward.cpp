@@ -236,8 +236,7 @@ class Forward {
             packed_task = task;
             const int64_t t = task / blocks, seen = b.position[t] + 1;
             const PagedEntries<T> cache{entries, b.table + b.sequence[t] * b.table_width, b.page_tokens, b.page_tokens * width, width};
-            attend_chunk<T>(cache, panel, start, std::min(CHUNK, seen - start), m.latent, heads_of(task),
-                            scratch[thread]->chunk(T{}), out);
+            attend_chunk<T>(cache, panel, start, seen, m.latent, heads_of(task), scratch[thread]->chunk(T{}), out);
         };
         // Head h of a finished task, as input of the value up-projection.
         auto finish = [&](int64_t task, const Partial& total, int64_t h) {

@@ -68,19 +68,35 @@ struct ChunkScratch {
     alignas(64) T weight[CHUNK * LANES];
 };
 
+// Asks for the entries of positions [next, stop), a cache line at a time. Entries lie apart in rows of about a kilobyte: too
+// short for the hardware to notice, and asked for all at once they would hold up the computing that they are to hide behind.
+template <typename T>
+struct Ahead {
+    const PagedEntries<T>& cache;
+    int64_t next, stop;
+    const T *at = nullptr, *end = nullptr;
+    void line() {
+        if (at >= end) {
+            if (next >= stop) return;
+            at = cache.at(next++), end = at + cache.width;
+        }
+        prefetch(at);
+        at += 64 / static_cast<int64_t>(sizeof(T));
+    }
+};
+
 // Scores of positions [start, start + count) into scratch.score; `panel` is [W / PACK][16][PACK], already scaled.
 template <typename T>
-inline void chunk_scores(const PagedEntries<T>& cache, const T* panel, int64_t start, int64_t count, ChunkScratch<T>& s) {
+inline void chunk_scores(const PagedEntries<T>& cache, const T* panel, int64_t start, int64_t count, Ahead<T> ahead, ChunkScratch<T>& s) {
     for (int64_t t = 0; t < count; t += TILE) {
         const int64_t tile = std::min(TILE, count - t);
         const T* entry[TILE];
         for (int64_t i = 0; i < TILE; ++i) entry[i] = cache.at(start + t + std::min(i, tile - 1));
-        // Entries lie apart in rows of about a kilobyte: too short for the hardware to notice, so the next ones are asked for.
-        for (int64_t i = TILE; t + i < count && i < 2 * TILE; ++i)
-            for (int64_t k = 0; k < cache.width; k += 64 / static_cast<int64_t>(sizeof(T))) prefetch(cache.at(start + t + i) + k);
         Lanes acc[TILE] = {};
-        for (int64_t k = 0; k < cache.width; k += PACK<T>)
+        for (int64_t k = 0; k < cache.width; k += PACK<T>) {
             for (int64_t i = 0; i < TILE; ++i) acc[i] = dot_step(acc[i], panel + k * LANES, entry[i] + k);
+            if (k / PACK<T> % 2) ahead.line();
+        }
         for (int64_t i = 0; i < tile; ++i) put(s.score[t + i], acc[i]);
     }
 }
@@ -102,7 +118,8 @@ inline IntLanes paired_columns(const bf16* first, const bf16* second, int64_t c)
 
 // chunk_scores through tiles: 16 positions are a block of inputs, the queries' panel is the weights. What is scored behind the
 // last position, to the end of its sixteen, is never read.
-inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* panel, int64_t start, int64_t count, ChunkScratch<bf16>& s) {
+inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* panel, int64_t start, int64_t count, Ahead<bf16> ahead,
+                                  ChunkScratch<bf16>& s) {
     static_assert(CHUNK == 4 * TILE_INPUTS, "four tiles of sums take a chunk");
     const bf16* entry[4];
     for (int64_t i = 0; i < 4; ++i) entry[i] = cache.at(start + std::min(i * TILE_INPUTS, (count - 1) / TILE_INPUTS * TILE_INPUTS));
@@ -112,6 +129,7 @@ inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* p
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < cache.width; k += TILE_PAIRS) {
+        for (int64_t line = 0; line < CHUNK; ++line) ahead.line();
         _tile_loadd(6, panel + k * LANES, TILE_BYTES);
         _tile_loadd(4, entry[0] + k, cache.width * 2);
         _tile_dpbf16ps(0, 4, 6);
@@ -158,7 +176,7 @@ inline void mix_columns_by_tiles(const PagedEntries<bf16>& cache, const bf16* we
 
 #else
 
-inline void chunk_scores_by_tiles(const PagedEntries<bf16>&, const bf16*, int64_t, int64_t, ChunkScratch<bf16>&) {}
+inline void chunk_scores_by_tiles(const PagedEntries<bf16>&, const bf16*, int64_t, int64_t, Ahead<bf16>, ChunkScratch<bf16>&) {}
 inline void mix_columns_by_tiles(const PagedEntries<bf16>&, const bf16*, int64_t, int64_t, int64_t, float*) {}
 
 #endif
@@ -183,15 +201,18 @@ inline void mix_columns(const PagedEntries<T>& cache, const T* weight, int64_t s
     }
 }
 
-// Attend to one chunk; fills `out`, whose `mixed` has room for [16][latent].
+// Attend to one chunk, of which and of what follows there are `seen` positions; fills `out`, whose `mixed` has room for
+// [16][latent].
 template <typename T>
-inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t start, int64_t count, int64_t latent, int64_t heads,
+inline void attend_chunk(const PagedEntries<T>& cache, const T* panel, int64_t start, int64_t seen, int64_t latent, int64_t heads,
                          ChunkScratch<T>& s, Partial& out) {
+    const int64_t count = std::min(CHUNK, seen - start);
+    const Ahead<T> ahead{cache, start + CHUNK, std::min(start + 2 * CHUNK, seen)};
     const bool by_tiles = cache.by_tiles();
     if (!by_tiles)
-        chunk_scores(cache, panel, start, count, s);
+        chunk_scores(cache, panel, start, count, ahead, s);
     else if constexpr (sizeof(T) == 2)
-        chunk_scores_by_tiles(cache, panel, start, count, s);
+        chunk_scores_by_tiles(cache, panel, start, count, ahead, s);
     Lanes top = lanes(s.score[0]);
     for (int64_t t = 1; t < count; ++t) top = max_lanes(top, lanes(s.score[t]));
     Lanes sum = {};
