@@ -191,9 +191,10 @@ def test_slot_kernels_equal_their_definitions(dtype, tolerance):
 
 
 @needs_library
-def test_sampling_kernel_draws_what_the_definition_draws():
+@pytest.mark.parametrize("width", [53, 700])
+def test_sampling_kernel_draws_what_the_definition_draws(width):
     generator = torch.Generator().manual_seed(3)
-    rows, width = 400, 53
+    rows = 400
     logit = torch.randn(rows, width, generator=generator) * 3
     temperature = torch.rand(rows, generator=generator) * 2
     temperature[::5] = 0

@@ -32,26 +32,50 @@ float cross_entropy_row(T* score, int64_t label, int64_t width, int64_t& best) {
     return std::log(sum) - (at_label - top);
 }
 
-// log softmax(score)[token] and the entropy of softmax(score), both in nats; `score` stays as it is.
+// A row's softmax so far: largest score and where it is, sum of exp(score - top), and of that times (score - top).
+template <Lanes (*EXP)(Lanes)>
+struct Softmax {
+    float top = -INFINITY, sum = 0.0f, mean = 0.0f;
+    int64_t best = 0;
+
+    // Scores of the columns from `first` on.
+    void take(const float* score, int64_t first, int64_t width) {
+        const int64_t whole = width / LANES * LANES;
+        Lanes tops = Lanes{} - INFINITY;
+        for (int64_t v = 0; v < whole; v += LANES) tops = max_lanes(tops, lanes(score + v));
+        float larger = top;
+        for (int64_t i = 0; i < LANES; ++i) larger = std::max(larger, tops[i]);
+        for (int64_t v = whole; v < width; ++v) larger = std::max(larger, score[v]);
+        if (larger > top) {
+            int64_t place = 0;
+            while (score[place] != larger) ++place;
+            best = first + place;
+            const float scale = fast_exp(top - larger);
+            mean = sum == 0.0f ? 0.0f : (mean + (top - larger) * sum) * scale;
+            sum *= scale, top = larger;
+        }
+        Lanes sums = {}, means = {};
+        for (int64_t v = 0; v < whole; v += LANES) {
+            const Lanes below = lanes(score + v) - top, power = EXP(below);
+            sums += power, means += power * below;
+        }
+        sum += sum_of(sums), mean += sum_of(means);
+        for (int64_t v = whole; v < width; ++v) {
+            const float below = score[v] - top, power = fast_exp(below);
+            sum += power, mean += power * below;
+        }
+    }
+    float log_sum() const { return top + std::log(sum); }
+    float log_probability(float score) const { return score - top - std::log(sum); }
+    float entropy() const { return std::log(sum) - mean / sum; }
+};
+
+// log softmax(score)[token] and the entropy of softmax(score), both in nats.
 inline float log_probability_row(const float* score, int64_t token, int64_t width, float& entropy) {
-    Lanes tops = Lanes{} - INFINITY, sums = {}, means = {};
-    const int64_t whole = width / LANES * LANES;
-    float top = -INFINITY;
-    for (int64_t v = 0; v < whole; v += LANES) tops = max_lanes(tops, lanes(score + v));
-    for (int64_t i = 0; i < LANES; ++i) top = std::max(top, tops[i]);
-    for (int64_t v = whole; v < width; ++v) top = std::max(top, score[v]);
-    for (int64_t v = 0; v < whole; v += LANES) {
-        const Lanes below = lanes(score + v) - top, power = exp_lanes(below);
-        sums += power, means += power * below;
-    }
-    float sum = sum_of(sums), mean = sum_of(means);
-    for (int64_t v = whole; v < width; ++v) {
-        const float below = score[v] - top, power = fast_exp(below);
-        sum += power, mean += power * below;
-    }
-    const float log_sum = std::log(sum);
-    entropy = log_sum - mean / sum;
-    return score[token] - top - log_sum;
+    Softmax<exp_lanes> softmax;
+    softmax.take(score, 0, width);
+    entropy = softmax.entropy();
+    return softmax.log_probability(score[token]);
 }
 
 }  // namespace shoal

@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "cross_entropy.h"
 #include "products.h"
 
 namespace {
@@ -23,35 +24,7 @@ constexpr int64_t MAX_SEGMENT = 512;
 constexpr int64_t CHUNK_ROWS = 1024;
 constexpr int64_t OUTS_PER_TASK = 128;
 
-// A row's softmax so far: largest score and where it is, sum of exp(score - top), and of that times (score - top).
-struct Softmax {
-    float top = -INFINITY, sum = 0.0f, mean = 0.0f;
-    int64_t best = 0;
-
-    // Scores of the columns from `first` on; `width` is a multiple of LANES.
-    void take(const float* score, int64_t first, int64_t width) {
-        Lanes tops = Lanes{} - INFINITY;
-        for (int64_t v = 0; v < width; v += LANES) tops = max_lanes(tops, lanes(score + v));
-        float larger = top;
-        for (int64_t i = 0; i < LANES; ++i) larger = std::max(larger, tops[i]);
-        if (larger > top) {
-            int64_t place = 0;
-            while (score[place] != larger) ++place;
-            best = first + place;
-            const float scale = fast_exp(top - larger);
-            mean = sum == 0.0f ? 0.0f : (mean + (top - larger) * sum) * scale;
-            sum *= scale, top = larger;
-        }
-        Lanes sums = {}, means = {};
-        for (int64_t v = 0; v < width; v += LANES) {
-            const Lanes below = lanes(score + v) - top, power = quick_exp(below);
-            sums += power, means += power * below;
-        }
-        sum += sum_of(sums), mean += sum_of(means);
-    }
-    float log_sum() const { return top + std::log(sum); }
-    float entropy() const { return std::log(sum) - mean / sum; }
-};
+using RowSoftmax = Softmax<quick_exp>;
 
 struct Head {
     const float* hidden;
@@ -91,7 +64,7 @@ struct Head {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t first = 0; first < rows; first += HEAD_ROWS) {
                 const int64_t count = load(first, rows, input.get());
-                Softmax softmax[HEAD_ROWS];
+                RowSoftmax softmax[HEAD_ROWS];
                 for (int64_t start = 0; start < vocabulary; start += most) {
                     const int64_t stop = std::min(vocabulary, start + most);
                     scores(input.get(), count, start, stop, [&](int64_t r, int64_t column, Lanes v) { put(score.get() + r * most + column, v); });
@@ -185,8 +158,8 @@ void head_cross_entropy(const float* hidden, const bf16* forward, const bf16* ba
                         float* grad_hidden, float* grad_weight, int64_t rows, int64_t width, int64_t vocabulary) {
     const Head head{hidden, forward, rows, width, vocabulary, label, 1.0f};
     Buffer<float> log_sum(rows);
-    head.normalise([&](int64_t row, const Softmax& softmax, float score) {
-        log_sum.get()[row] = softmax.log_sum(), loss[row] = softmax.log_sum() - score, best[row] = softmax.best;
+    head.normalise([&](int64_t row, const RowSoftmax& softmax, float score) {
+        log_sum.get()[row] = softmax.log_sum(), loss[row] = -softmax.log_probability(score), best[row] = softmax.best;
     });
     if (grad_hidden) HeadGradient{head, backward, log_sum.get(), nullptr, grad_hidden, grad_weight}.run();
 }
@@ -195,8 +168,8 @@ void head_cross_entropy(const float* hidden, const bf16* forward, const bf16* ba
 // exponentials.
 void head_log_probability(const float* hidden, const bf16* forward, const int64_t* token, float inverse_temperature, float* logprob,
                           float* entropy, float* log_sum, int64_t rows, int64_t width, int64_t vocabulary) {
-    Head{hidden, forward, rows, width, vocabulary, token, inverse_temperature}.normalise([&](int64_t row, const Softmax& softmax, float score) {
-        logprob[row] = score - softmax.log_sum(), entropy[row] = softmax.entropy(), log_sum[row] = softmax.log_sum();
+    Head{hidden, forward, rows, width, vocabulary, token, inverse_temperature}.normalise([&](int64_t row, const RowSoftmax& softmax, float score) {
+        logprob[row] = softmax.log_probability(score), entropy[row] = softmax.entropy(), log_sum[row] = softmax.log_sum();
     });
 }
 
