@@ -7,7 +7,6 @@ are cut into heads for the absorbed form; gate and up projections alternate pane
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -296,7 +295,7 @@ class PackedModel:
         if isinstance(gate_up, Tensor) and gate_up.is_meta:
             return self._random(gate_up, self.format)
         gate, up = (quantised(half, self.format, self.group) for half in halves(gate_up))
-        return self._store(pack_gated(gate, up))
+        return self._hold(pack_gated(gate, up, self._memory.empty))
 
     def _random(self, weight: Tensor, format_name: str) -> MatrixStruct:
         """Codes nobody computed, for measuring speed without quantising first."""
@@ -305,11 +304,7 @@ class PackedModel:
         return self._hold(random_packed(format_name, group, shape, self._memory.empty))
 
     def _add(self, codes: Codes) -> MatrixStruct:
-        return self._store(pack(codes))
-
-    def _store(self, packed: Packed) -> MatrixStruct:
-        data, scale = self._memory.copy(packed.data), self._memory.copy(packed.scale)
-        return self._hold(replace(packed, data=data, scale=scale))
+        return self._hold(pack(codes, self._memory.empty))
 
     def _hold(self, packed: Packed) -> MatrixStruct:
         self._kept.append(packed)

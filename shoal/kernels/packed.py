@@ -102,18 +102,27 @@ def panel_scales(block_scale: Tensor, rows: int) -> Tensor:
     return block_scale.float()[:, panel * LANES // FP8_BLOCK]
 
 
-def pack(codes: Codes) -> Packed:
-    """Lay out one stack of matrices."""
-    return Packed(codes.format, codes.group, codes.code.shape[1], codes.cols, _lay_out(codes), _lay_out_scale(codes))
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Gives memory for a tensor: of a special kind, perhaps."""
 
 
-def pack_gated(gate: Codes, up: Codes) -> Packed:
+def _ordinary(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def pack(codes: Codes, empty: Empty = _ordinary) -> Packed:
+    """Lay out one stack of matrices, in memory from `empty`."""
+    data, scale = _lay_out(codes, empty), _lay_out_scale(codes, empty)
+    return Packed(codes.format, codes.group, codes.code.shape[1], codes.cols, data, scale)
+
+
+def pack_gated(gate: Codes, up: Codes, empty: Empty = _ordinary) -> Packed:
     """Gate and up projection of the same shape with alternating panels, so that one task makes 16 activations."""
     code = _alternating(gate.code, up.code, LANES, _ZERO_CODES if gate.format == "int4" else 0)
     scale = None
     if gate.scale is not None and up.scale is not None:
         scale = _alternating(gate.scale, up.scale, 1 if gate.format == "fp8" else LANES)
-    return pack(Codes(gate.format, gate.group, code, scale, gate.word_cols))
+    return pack(Codes(gate.format, gate.group, code, scale, gate.word_cols), empty)
 
 
 def _alternating(first: Tensor, second: Tensor, rows: int, filler: int = 0) -> Tensor:
@@ -137,9 +146,7 @@ RANDOM_BYTES = 1 << 24
 """Random codes repeat after this many bytes: more than a processor keeps."""
 
 
-def random_packed(
-    format_name: str, group: int, shape: Sequence[int], empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
-) -> Packed:
+def random_packed(format_name: str, group: int, shape: Sequence[int], empty: Empty) -> Packed:
     """A stack of matrices `[count, rows, cols]` whose codes are random bits and whose weights have a deviation near 0.02.
 
     For measuring speed at sizes where quantising real weights would take longer than the measurement. Panels come from
@@ -203,29 +210,30 @@ def padded_columns(format_name: str, group: int, cols: int) -> int:
     return -(-cols // grain) * grain
 
 
-def _lay_out(codes: Codes) -> Tensor:
+def _lay_out(codes: Codes, empty: Empty) -> Tensor:
     """Panels of bytes `[count, panels, bytes of one]`, interleaved."""
     width = padded_columns(codes.format, codes.group, codes.cols)
     if codes.format == "int4":
-        return _lay_out_words(codes.code, width)
+        return _lay_out_words(codes.code, width, empty)
     code = codes.code.view(torch.uint8) if codes.format == "fp8" else codes.code
     code = torch.nn.functional.pad(code, (0, width - codes.cols, 0, -code.shape[1] % LANES))
     if codes.format == "fp8":
         halves = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, 2, 2))
-        return _interleaved(halves.permute(0, 1, 3, 4, 2, 5))
+        return _interleaved(halves.permute(0, 1, 3, 4, 2, 5), empty)
     if codes.format == "f32":
-        return _lines(code.float(), 1)
+        return _lines(code.float(), 1, empty)
     if codes.format == "bf16":
-        return _lines(code.to(torch.bfloat16), 2)
-    return _lines(code.view(torch.uint8) ^ 0x80, 4)
+        return _lines(code.to(torch.bfloat16), 2, empty)
+    return _lines(code.view(torch.uint8) ^ 0x80, 4, empty)
 
 
-def _lines(code: Tensor, per_lane: int) -> Tensor:
+def _lines(code: Tensor, per_lane: int, empty: Empty) -> Tensor:
     """Panels whose line holds `per_lane` columns of each of 16 rows."""
-    return _interleaved(code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane)).transpose(2, 3)).view(torch.uint8)
+    panel = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane)).transpose(2, 3)
+    return _interleaved(panel, empty).view(torch.uint8)
 
 
-def _lay_out_words(word: Tensor, cols: int) -> Tensor:
+def _lay_out_words(word: Tensor, cols: int, empty: Empty) -> Tensor:
     """Words of eight codes side by side, as panels of bytes that hold codes four columns apart.
 
     A perfect shuffle of the nibbles of every word, in two exchanges: of its middle bytes, then of the middle nibbles of
@@ -235,7 +243,7 @@ def _lay_out_words(word: Tensor, cols: int) -> Tensor:
     missing = (0, cols // 8 - word.shape[-1], 0, -word.shape[1] % LANES)
     if any(missing):
         word = torch.nn.functional.pad(word, missing, value=_ZERO_CODES)
-    laid = _interleaved(word.unflatten(1, (-1, LANES)).transpose(2, 3))
+    laid = _interleaved(word.unflatten(1, (-1, LANES)).transpose(2, 3), empty)
     for part in laid.view(-1).split(CACHED_WORDS):
         for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)):
             exchanged = (part ^ (part >> shift)).bitwise_and_(moved)
@@ -243,7 +251,7 @@ def _lay_out_words(word: Tensor, cols: int) -> Tensor:
     return laid.view(torch.uint8)
 
 
-def _interleaved(panel: Tensor) -> Tensor:
+def _interleaved(panel: Tensor, empty: Empty) -> Tensor:
     """Panels `[count, P, lines, ...]` in memory as bundles of four, line by line; the last bundle holds what is left.
 
     Returns:
@@ -251,7 +259,7 @@ def _interleaved(panel: Tensor) -> Tensor:
     """
     count, panels, lines = panel.shape[:3]
     bundled = panels // BUNDLE * BUNDLE
-    laid = panel.new_empty(count, panels * lines, *panel.shape[3:])
+    laid = empty((count, panels * lines, *panel.shape[3:]), panel.dtype)
     for first, last in ((0, bundled), (bundled, panels)):
         if first < last:
             width = min(BUNDLE, last - first)
@@ -260,7 +268,7 @@ def _interleaved(panel: Tensor) -> Tensor:
     return laid.view(count, panels, -1)
 
 
-def _lay_out_scale(codes: Codes) -> Tensor:
+def _lay_out_scale(codes: Codes, empty: Empty) -> Tensor:
     """Scales `[count, panels, ...]` in the order in which a kernel reads them; empty for unscaled formats."""
     if codes.scale is None:
         return torch.empty(0)
@@ -270,8 +278,8 @@ def _lay_out_scale(codes: Codes) -> Tensor:
             raise ConfigError(
                 f"fp8 weights need a multiple of {LANES} rows in every part; this matrix has {codes.code.shape[1]}."
             )
-        return _interleaved(codes.scale.float())
+        return _interleaved(codes.scale.float(), empty)
     scale = _padded(codes.scale, LANES).unflatten(1, (-1, LANES))
     if codes.format == "int8":
-        return _interleaved(scale.float().unsqueeze(2))
-    return _interleaved(scale.transpose(2, 3))
+        return _interleaved(scale.float().unsqueeze(2), empty)
+    return _interleaved(scale.transpose(2, 3), empty)

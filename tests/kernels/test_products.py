@@ -107,7 +107,8 @@ def test_head_cross_entropy_equals_pytorch_in_value_and_gradients(rows, width, v
 
 
 @pytest.mark.parametrize(
-    "rows, width, vocabulary, temperature", [(1, 16, 32, 1.0), (45, 48, 1360, 0.6), (300, 64, 1104, 1.0), (1500, 32, 80, 1.3)]
+    "rows, width, vocabulary, temperature",
+    [(1, 16, 32, 1.0), (45, 48, 1360, 0.6), (300, 64, 1104, 1.0), (1500, 32, 80, 1.3)],
 )
 def test_head_log_probability_equals_pytorch_in_value_and_gradients(rows, width, vocabulary, temperature):
     torch.manual_seed(rows)
