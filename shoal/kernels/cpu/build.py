@@ -34,6 +34,7 @@ SOURCES = (
     "linear.cpp",
     "experts.cpp",
     "head.cpp",
+    "policy_head.cpp",
     "heads.cpp",
     "forward.cpp",
     "packed_linear.cpp",

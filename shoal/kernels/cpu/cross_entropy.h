@@ -32,14 +32,13 @@ float cross_entropy_row(T* score, int64_t label, int64_t width, int64_t& best) {
     return std::log(sum) - (at_label - top);
 }
 
-// A row's softmax so far: largest score and where it is, sum of exp(score - top), and of that times (score - top).
+// A row's softmax so far: largest score, sum of exp(score - top), and of that times (score - top).
 template <Lanes (*EXP)(Lanes)>
 struct Softmax {
     float top = -INFINITY, sum = 0.0f, mean = 0.0f;
-    int64_t best = 0;
 
-    // Scores of the columns from `first` on.
-    void take(const float* score, int64_t first, int64_t width) {
+    // The next columns' scores.
+    void take(const float* score, int64_t width) {
         const int64_t whole = width / LANES * LANES;
         Lanes tops = Lanes{} - INFINITY;
         for (int64_t v = 0; v < whole; v += LANES) tops = max_lanes(tops, lanes(score + v));
@@ -47,9 +46,6 @@ struct Softmax {
         for (int64_t i = 0; i < LANES; ++i) larger = std::max(larger, tops[i]);
         for (int64_t v = whole; v < width; ++v) larger = std::max(larger, score[v]);
         if (larger > top) {
-            int64_t place = 0;
-            while (score[place] != larger) ++place;
-            best = first + place;
             const float scale = fast_exp(top - larger);
             mean = sum == 0.0f ? 0.0f : (mean + (top - larger) * sum) * scale;
             sum *= scale, top = larger;
@@ -73,7 +69,7 @@ struct Softmax {
 // log softmax(score)[token] and the entropy of softmax(score), both in nats.
 inline float log_probability_row(const float* score, int64_t token, int64_t width, float& entropy) {
     Softmax<exp_lanes> softmax;
-    softmax.take(score, 0, width);
+    softmax.take(score, width);
     entropy = softmax.entropy();
     return softmax.log_probability(score[token]);
 }
