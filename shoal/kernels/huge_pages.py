@@ -3,7 +3,7 @@
 A page table entry covers 4 KiB, and inside a virtual machine each miss walks two tables. Two MiB per entry doubled the
 bandwidth of the machine this was written on (31 to 60 GB/s, docs/kernels.md). Linux gives such pages to anonymous memory
 that asks for them (`MADV_HUGEPAGE`); elsewhere, or where they are switched off, the same memory comes in small pages.
-Files mapped into memory never get them: weights are copied here, once, when a model is loaded.
+Files mapped into memory never get them: weights are laid out here, once, when a model is loaded.
 """
 
 import contextlib
@@ -35,10 +35,6 @@ class WeightMemory:
         part = self._region[self._used : self._used + num_bytes]
         self._used += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return part.view(dtype).view(shape)
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """The same numbers, in this memory."""
-        return self.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
 def huge_bytes(num_bytes: int) -> Tensor:

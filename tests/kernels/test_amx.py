@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def run_cases(environment):
 def emulator(folder):
     target = folder / "amx_emulator.so"
     source = str(HERE / "amx_emulator.cpp")
-    subprocess.run(["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-o", str(target), source, "-ldl"], check=True)
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    subprocess.run([compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-o", str(target), source, "-ldl"], check=True)
     return target
 
 

@@ -6,7 +6,7 @@ from shoal.kernels.huge_pages import ALIGNMENT_BYTES, HUGE_BYTES, REGION_BYTES, 
 def test_tensors_are_aligned_apart_and_keep_their_numbers():
     memory = WeightMemory()
     originals = [torch.randn(3, 5), torch.arange(7), torch.empty(0), torch.ones(2, 3, dtype=torch.bfloat16)]
-    kept = [memory.copy(tensor) for tensor in originals]
+    kept = [memory.empty(tuple(tensor.shape), tensor.dtype).copy_(tensor) for tensor in originals]
     for tensor, original in zip(kept, originals):
         assert torch.equal(tensor, original) and tensor.dtype == original.dtype
         assert tensor.data_ptr() % ALIGNMENT_BYTES == 0

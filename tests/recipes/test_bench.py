@@ -44,3 +44,12 @@ def test_unknown_formats_and_models_are_named():
         bench.load_packed(None, "nano", "int3", 8)
     with pytest.raises(ConfigError, match="one of them"):
         bench.load_packed("a", "nano", "int4", 8)
+    for refused in ({"weights": "int8", "group": 64}, {"weights": "int4", "group": 48}):
+        with pytest.raises(ConfigError, match="32, 64, 128"):
+            bench.load_packed(None, "nano", max_positions=8, **refused)
+
+
+@needs_kernels
+def test_larger_groups_have_fewer_scales_to_read():
+    small, large = (bench.load_packed(None, "nano", "int4", 80, group) for group in (32, 128))
+    assert bench.decode_bytes(small.packed, 1, 70, 2) > bench.decode_bytes(large.packed, 1, 70, 2)

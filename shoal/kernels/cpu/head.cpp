@@ -17,7 +17,7 @@ using namespace shoal;
 
 constexpr int64_t HEAD_ROWS = 32;      // whose scores, in float32, still fit beside the weights that pass by
 constexpr int64_t CHUNK_ROWS = 1024;
-constexpr int64_t SEGMENT_PAIRS = 512; // of the vocabulary, summed before the next weights are touched
+constexpr int64_t SEGMENT = 1024;      // of the vocabulary, summed before the next weights are touched
 constexpr int64_t OUTS_PER_TASK = 128;
 
 struct Head {
@@ -39,25 +39,9 @@ struct Head {
 
     // grad_hidden of a block: gradients of the scores times weights, a segment of the vocabulary after the other.
     void lower(const bf16* grads, int64_t first, int64_t count) const {
-        for (int64_t k = 0; k < vocabulary / 2; k += SEGMENT_PAIRS) {
-            int64_t p = 0;
-            for (; p + 2 <= width / LANES; p += 2) lower_panels<2>(grads, first, count, k, p);
-            for (; p < width / LANES; ++p) lower_panels<1>(grads, first, count, k, p);
-        }
-    }
-
-    template <int P>
-    void lower_panels(const bf16* grads, int64_t first, int64_t count, int64_t k, int64_t p) const {
-        const int64_t step = vocabulary * LANES, stride = row_stride(vocabulary), pairs = std::min(SEGMENT_PAIRS, vocabulary / 2 - k);
-        for (int64_t r = 0; r < count; r += TILE_ROWS) {
-            Lanes acc[TILE_ROWS][P] = {};
-            tile<TILE_ROWS, P>(grads + r * stride + 2 * k, stride, 2, backward + p * step + k * PAIR, step, pairs, acc);
-            for (int64_t i = 0; i < std::min(TILE_ROWS, count - r); ++i)
-                for (int j = 0; j < P; ++j) {
-                    float* to = grad_hidden + (first + r + i) * width + (p + j) * LANES;
-                    put(to, k ? lanes(to) + acc[i][j] : acc[i][j]);
-                }
-        }
+        for (int64_t start = 0; start < vocabulary; start += SEGMENT)
+            add_block_times_panels(grads + start, row_stride(vocabulary), count, backward, vocabulary, start, std::min(vocabulary, start + SEGMENT), width,
+                                   grad_hidden + first * width);
     }
 
     // Scores of a block; `use` is given each row's and leaves their gradient there, for `grads`.

@@ -124,10 +124,7 @@ inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* p
     const bf16* entry[4];
     for (int64_t i = 0; i < 4; ++i) entry[i] = cache.at(start + std::min(i * TILE_INPUTS, (count - 1) / TILE_INPUTS * TILE_INPUTS));
     configure_tiles(TILE_INPUTS);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_four();
     for (int64_t k = 0; k < cache.width; k += TILE_PAIRS) {
         for (int64_t line = 0; line < CHUNK; ++line) ahead.line();
         _tile_loadd(6, panel + k * LANES, TILE_BYTES);
@@ -143,10 +140,7 @@ inline void chunk_scores_by_tiles(const PagedEntries<bf16>& cache, const bf16* p
         _tile_loadd(5, entry[3] + k, cache.width * 2);
         _tile_dpbf16ps(3, 5, 6);
     }
-    _tile_stored(0, s.score[0], TILE_BYTES);
-    _tile_stored(1, s.score[TILE_INPUTS], TILE_BYTES);
-    _tile_stored(2, s.score[2 * TILE_INPUTS], TILE_BYTES);
-    _tile_stored(3, s.score[3 * TILE_INPUTS], TILE_BYTES);
+    store_four(s.score[0]);
 }
 
 // mix_columns through tiles, always for 16 heads. Positions behind the last one weigh nothing.

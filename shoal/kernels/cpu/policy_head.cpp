@@ -120,29 +120,8 @@ struct HeadGradient {
                 if (token >= 0 && token < LANES)
                     grads[r * stride + column + token] = to_bf16((fast_exp(v[token] - log_sum[first + r]) - 1.0f) * row_weight[first + r]);
             });
-            lower(grads, first, count, start, stop);
+            add_block_times_panels(grads, stride, count, backward, head.vocabulary, start, stop, head.width, grad_hidden + first * head.width);
             if (columns) block_to_columns(grads, stride, stop - start, count, columns + start / LANES * step, step);
-        }
-    }
-
-    // grad_hidden of a block gains its gradients of a segment's scores times their weights.
-    void lower(const bf16* grads, int64_t first, int64_t count, int64_t start, int64_t stop) const {
-        int64_t p = 0;
-        for (; p + 2 <= head.width / LANES; p += 2) lower_panels<2>(grads, first, count, start, stop, p);
-        for (; p < head.width / LANES; ++p) lower_panels<1>(grads, first, count, start, stop, p);
-    }
-
-    template <int P>
-    void lower_panels(const bf16* grads, int64_t first, int64_t count, int64_t start, int64_t stop, int64_t p) const {
-        const int64_t step = head.vocabulary * LANES, stride = row_stride(head.segment());
-        for (int64_t r = 0; r < count; r += TILE_ROWS) {
-            Lanes acc[TILE_ROWS][P] = {};
-            tile<TILE_ROWS, P>(grads + r * stride, stride, 2, backward + p * step + start * LANES, step, (stop - start) / 2, acc);
-            for (int64_t i = 0; i < std::min(TILE_ROWS, count - r); ++i)
-                for (int j = 0; j < P; ++j) {
-                    float* to = grad_hidden + (first + r + i) * head.width + (p + j) * LANES;
-                    put(to, start ? lanes(to) + acc[i][j] : acc[i][j]);
-                }
         }
     }
 };

@@ -96,9 +96,31 @@ inline void block_times_panels(const bf16* block, int64_t width, int64_t rows, c
     for (; p < count; ++p) columns(p, std::integral_constant<int, 1>{});
 }
 
-// One row of floats, times a factor, into a block.
-inline void put_row(bf16* to, const float* from, int64_t width, float factor = 1.0f) {
-    for (int64_t d = 0; d < width; d += LANES) put_bf16(to + d, lanes(from + d) * factor);
+// out [rows][width] gains, or from `first` = 0 on becomes, a block of rows times columns [first, last) of the panels that lie
+// along them: `block` points at its column `first`, rows are `stride` apart, `depth` columns make a panel.
+inline void add_block_times_panels(const bf16* block, int64_t stride, int64_t rows, const bf16* panels, int64_t depth, int64_t first, int64_t last,
+                                   int64_t width, float* out) {
+    const int64_t step = depth * LANES;
+    auto columns = [&](int64_t p, auto size) {
+        constexpr int N = decltype(size)::value;
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+            Lanes acc[TILE_ROWS][N] = {};
+            tile<TILE_ROWS, N>(block + r * stride, stride, 2, panels + p * step + first * LANES, step, (last - first) / 2, acc);
+            for (int64_t i = 0; i < std::min(TILE_ROWS, rows - r); ++i)
+                for (int j = 0; j < N; ++j) {
+                    float* to = out + (r + i) * width + (p + j) * LANES;
+                    put(to, first ? lanes(to) + acc[i][j] : acc[i][j]);
+                }
+        }
+    };
+    int64_t p = 0;
+    for (; p + 2 <= width / LANES; p += 2) columns(p, std::integral_constant<int, 2>{});
+    for (; p < width / LANES; ++p) columns(p, std::integral_constant<int, 1>{});
+}
+
+// One row of floats into a block.
+inline void put_row(bf16* to, const float* from, int64_t width) {
+    for (int64_t d = 0; d < width; d += LANES) put_bf16(to + d, lanes(from + d));
 }
 
 // Rows that complete the last tile of a block.

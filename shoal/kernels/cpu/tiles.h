@@ -60,6 +60,21 @@ inline const T* evenly_spaced(const T* x, int64_t stride, int64_t cols, const in
     return gathered.data();
 }
 
+inline void clear_four() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Tiles 0 to 3 as [4][TILE_INPUTS][LANES] sums in floating point.
+inline void store_four(float* to) {
+    _tile_stored(0, to, TILE_BYTES);
+    _tile_stored(1, to + TILE_INPUTS * LANES, TILE_BYTES);
+    _tile_stored(2, to + 2 * TILE_INPUTS * LANES, TILE_BYTES);
+    _tile_stored(3, to + 3 * TILE_INPUTS * LANES, TILE_BYTES);
+}
+
 // ---- bytes ----
 
 using TileSums = int32_t[2][TILE_INPUTS][LANES];  // [panel][input][output]
@@ -150,10 +165,7 @@ using PairSums = float[4][TILE_INPUTS][LANES];
 
 // One block of inputs and up to four panels of a bundle, which stream once.
 inline void pair_sums(const bf16* x, int64_t stride, const Panel& panel, int64_t panels, int64_t cols, PairSums& sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_four();
     const uint8_t* line = panel.data;
     for (int64_t k = 0; k < cols; k += TILE_PAIRS, line += TILE_PAIRS / 2 * panel.step) {
         _tile_loadd(4, x + k, stride * 2);
@@ -169,19 +181,13 @@ inline void pair_sums(const bf16* x, int64_t stride, const Panel& panel, int64_t
         _tile_loadd(7, line + 3 * LINE, panel.step);
         _tile_dpbf16ps(3, 4, 7);
     }
-    _tile_stored(0, sums[0], TILE_BYTES);
-    _tile_stored(1, sums[1], TILE_BYTES);
-    _tile_stored(2, sums[2], TILE_BYTES);
-    _tile_stored(3, sums[3], TILE_BYTES);
+    store_four(sums[0][0]);
 }
 
 // Two whole blocks of inputs and two panels: half as many loads of weights, which come from the second-level cache. The same
 // sums in the same order; [block * 2 + panel].
 inline void pair_sums_of_two(const bf16* x, const bf16* y, int64_t stride, const Panel& panel, int64_t cols, PairSums& sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_four();
     const uint8_t* line = panel.data;
     for (int64_t k = 0; k < cols; k += TILE_PAIRS, line += TILE_PAIRS / 2 * panel.step) {
         _tile_loadd(4, x + k, stride * 2);
@@ -193,10 +199,7 @@ inline void pair_sums_of_two(const bf16* x, const bf16* y, int64_t stride, const
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums[0], TILE_BYTES);
-    _tile_stored(1, sums[1], TILE_BYTES);
-    _tile_stored(2, sums[2], TILE_BYTES);
-    _tile_stored(3, sums[3], TILE_BYTES);
+    store_four(sums[0][0]);
 }
 
 // `use(row number, panel, sixteen outputs)` for panels of [first, last) and all inputs; panels of one row ascend.
