@@ -33,7 +33,7 @@ def train_bundled(
     run_dir: Annotated[Path, typer.Option(help="Where the run is kept; the same directory resumes.")] = Path(
         "runs/bundled"
     ),
-    steps: Annotated[int, typer.Option(help="Of training from scratch.")] = 1600,
+    steps: Annotated[int, typer.Option(help="Of training from scratch.")] = 4000,
     json_output: JsonOption = False,
 ) -> None:
     """Train the model that comes with the package: all task families, with its card.

@@ -38,12 +38,12 @@ HELD_OUT_DOCUMENTS = 400
 SHARES = (
     Share(family="chain_sum", difficulties=(2, 3, 4, 5, 6, 7), weight=3),
     Share(family="addition", difficulties=(1, 2, 3, 4), weight=4),
-    Share(family="multiplication", difficulties=(1, 2), weight=2),
-    Share(family="sorting", difficulties=(2, 3, 4, 5, 6, 7), weight=2),
+    Share(family="multiplication", difficulties=(1, 2), weight=3),
+    Share(family="sorting", difficulties=(2, 3, 4, 5, 6, 7), weight=3),
     Share(family="parity", difficulties=tuple(range(4, 17)), weight=1),
-    Share(family="countdown", difficulties=(2, 3), weight=1),
+    Share(family="countdown", difficulties=(2, 3), weight=2),
     Share(family="knights", difficulties=(3,), weight=1),
-    Share(family="grid_path", difficulties=(3, 4), weight=1),
+    Share(family="grid_path", difficulties=(3, 4), weight=1.5),
 )
 
 
@@ -58,14 +58,14 @@ class BundledConfig:
     row_tokens: int = 512
     training: TrainingConfig
     rl: GrpoConfig
-    rl_problems_per_level: int = 60
+    rl_problems_per_level: int = 400
     held_out_per_family: int = 100
     samples_per_problem: int = 4
     max_answer_tokens: int = 220
     estimates_s: dict[str, float] = field(default_factory=dict)
 
 
-def bundled_config(*, steps: int = 1600, rl_steps: int = 40, documents: int = 140_000) -> BundledConfig:
+def bundled_config(*, steps: int = 4000, rl_steps: int = 250, documents: int = 330_000) -> BundledConfig:
     """The recipe `bundled`."""
     return BundledConfig(
         mixture=MixtureConfig(shares=SHARES, documents=documents),
@@ -94,7 +94,7 @@ def bundled_config(*, steps: int = 1600, rl_steps: int = 40, documents: int = 14
             max_response_tokens=220,
             bias_speed=3e-3,
             precision="auto",
-            checkpoint_every=10,
+            checkpoint_every=25,
         ),
     )
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from shoal.errors import ConfigError
+from shoal.recipes.fine_steps import fine_steps
 from shoal.recipes.phrasings import rephrase
-from shoal.recipes.problem_corpus import Document, arithmetic_lines, respond, told
+from shoal.recipes.problem_corpus import Document, arithmetic_lines, told
 from shoal.recipes.small_talk import small_talk
-from shoal.rl.tasks import TASKS
+from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import split_of
 
 
@@ -45,6 +46,8 @@ class MixtureConfig:
     worked_share: float = 1.0
     history_share: float = 0.15
     """Share of the questions that are asked in the course of a conversation."""
+    uneven_share: float = 0.25
+    """Share of the sums and products whose second number is shorter than the first."""
     documents: int
     seed: int = 0
 
@@ -66,14 +69,26 @@ def _turn(config: MixtureConfig, rng: random.Random) -> Document:
         question, reply = small_talk(rng)
         return Document(question=question, response=f"<think></think>{reply}")
     weights = [share.weight for share in config.shares]
-    return _problem(rng.choices(config.shares, weights)[0], config.worked_share, rng)
+    return _problem(rng.choices(config.shares, weights)[0], config, rng)
 
 
-def _problem(share: Share, worked_share: float, rng: random.Random) -> Document:
+def _problem(share: Share, config: MixtureConfig, rng: random.Random) -> Document:
     task, difficulty = TASKS[share.family], rng.choice(share.difficulties)
+    uneven = rng.random() < config.uneven_share
     while True:
         problem = task.generate(rng, difficulty)
+        if uneven and "second" in problem.facts and difficulty > 1:
+            problem = _shortened(problem, rng)
         if split_of(task.key(problem)) == "pretrain":
             break
-    response = respond(task, problem, worked=rng.random() < worked_share)
-    return Document(question=rephrase(problem, rng), response=response)
+    work, answer = fine_steps(task, problem) if rng.random() < config.worked_share else ("", problem.answer)
+    return Document(question=rephrase(problem, rng), response=f"<think>{work}</think><answer>{answer}</answer>")
+
+
+def _shortened(problem: Problem, rng: random.Random) -> Problem:
+    """The second number cut to fewer digits, as people ask: the families' own problems have two of the same length."""
+    first, sign = problem.facts["first"], problem.facts.get("sign", "*")
+    second = max(2, problem.facts["second"] // 10 ** rng.randint(1, problem.difficulty - 1))
+    answer = {"+": first + second, "-": first - second, "*": first * second}[sign]
+    prompt, facts = f"What is {first} {sign} {second}?", {**problem.facts, "second": second}
+    return replace(problem, prompt=prompt, answer=str(answer), facts=facts)

@@ -7,6 +7,7 @@ import pytest
 from shoal.errors import ConfigError
 from shoal.recipes.bundled import SHARES
 from shoal.recipes.document_training import train_tokenizer, write_documents
+from shoal.recipes.fine_steps import fine_steps
 from shoal.recipes.phrasings import rephrase
 from shoal.recipes.small_talk import ABILITIES, EXAMPLES, small_talk
 from shoal.recipes.task_mixture import MixtureConfig, Share, write_mixture
@@ -34,13 +35,20 @@ def test_wordings_differ_and_the_original_is_among_them():
     assert problem.prompt in said and len(said) > 10
 
 
-def test_every_problem_is_worked_out_and_right():
+@pytest.mark.parametrize("share", SHARES, ids=lambda share: share.family)
+def test_every_problem_is_worked_out_and_right(share):
     rng = random.Random(2)
-    for share in SHARES:
-        for difficulty in share.difficulties:
-            problem = TASKS[share.family].generate(rng, difficulty)
-            response = f"<think>{TASKS[share.family].worked(problem)}</think><answer>{problem.answer}</answer>"
-            assert is_right(problem, response)
+    task = TASKS[share.family]
+    for difficulty in share.difficulties * 20:
+        problem = task.generate(rng, difficulty)
+        work, answer = fine_steps(task, problem)
+        assert is_right(problem, f"<think>{work}</think><answer>{answer}</answer>")
+        for left, sign, right, result in re.findall(r"(\d+)([-+*])(\d+)=(-?\d+)", work):
+            made = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}
+            assert made[sign] == int(result)
+
+
+def test_the_mixture_shows_work_with_every_problem():
     solved = [parse_response(document.response) for document in DOCUMENTS if document.question]
     assert all(parsed.thinking for parsed in solved if parsed)
 
@@ -81,3 +89,9 @@ def test_impossible_shares_are_named():
         Share(family="juggling", difficulties=(1,), weight=1)
     with pytest.raises(ConfigError, match=r"2\.\.7"):
         Share(family="chain_sum", difficulties=(9,), weight=1)
+
+
+def test_some_sums_have_a_shorter_second_number():
+    asked = [re.fullmatch(r"What is (\d+) ([-+*]) (\d+)\?", document.question or "") for document in DOCUMENTS]
+    pairs = [(len(found[1]), len(found[3])) for found in asked if found]
+    assert {first > second for first, second in pairs} == {True, False} and all(a >= b for a, b in pairs)
