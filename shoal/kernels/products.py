@@ -22,6 +22,8 @@ from shoal.kernels.cpu.calling import call
 from shoal.kernels.dispatch import reduce_slots
 
 LANES = 16
+KEPT_BYTES = 512 << 20
+"""Memory that a policy's head may spend on its softmax between the passes, which saves two of the backward's three products."""
 
 
 def linear(x_MD: Tensor, weight_FD: Tensor) -> Tensor | None:
@@ -181,18 +183,23 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
 
 class _HeadLogProbability(torch.autograd.Function):
-    """What weights the rows is known only after all log-probabilities are: scores are made once more for the gradient."""
+    """What weights the rows is known only after all log-probabilities are, and is a factor of all that the gradients need."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, token_M: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         hidden_MD, token_M = hidden_MD.contiguous(), token_M.contiguous()
-        ctx.panels, ctx.panels_back = _pack(weight_VD, any(ctx.needs_input_grad))
-        ctx.inverse, ctx.sizes = ctypes.c_float(1 / temperature), (*hidden_MD.shape, len(weight_VD))
-        logprob_M, entropy_M, log_sum_M = (hidden_MD.new_empty(len(token_M)) for _ in range(3))
-        outputs = (logprob_M, entropy_M, log_sum_M)
-        call("head_log_probability", hidden_MD, ctx.panels, token_M, ctx.inverse, *outputs, *ctx.sizes)
+        needed = any(ctx.needs_input_grad)
+        ctx.panels, ctx.panels_back = _pack(weight_VD, needed)
+        (rows, width), vocabulary = hidden_MD.shape, len(weight_VD)
+        ctx.inverse, ctx.sizes = ctypes.c_float(1 / temperature), (rows, width, vocabulary)
+        logprob_M, entropy_M, log_sum_M = (hidden_MD.new_empty(rows) for _ in range(3))
+        kept_rows = _kept_rows(rows, vocabulary) if needed else 0
+        power = torch.empty(kept_rows + kept_rows % 2, vocabulary, dtype=torch.bfloat16)
+        ctx.kept = (power, hidden_MD.new_empty(kept_rows, width), hidden_MD.new_empty(kept_rows), kept_rows)
+        given, outputs = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse), (logprob_M, entropy_M, log_sum_M)
+        call("head_log_probability", *given, *outputs, *ctx.kept, *ctx.sizes)
         ctx.save_for_backward(hidden_MD, token_M, log_sum_M)
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
@@ -205,8 +212,16 @@ class _HeadLogProbability(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_MD)
         grad_weight = hidden_MD.new_empty(vocabulary, width) if ctx.needs_input_grad[1] else None
         given = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse, log_sum_M, row_weight_M)
-        call("head_log_probability_backward", *given, grad_hidden, grad_weight, *ctx.sizes)
+        call("head_log_probability_backward", *given, *ctx.kept, grad_hidden, grad_weight, *ctx.sizes)
         return grad_hidden, grad_weight, None, None
+
+
+def _kept_rows(rows: int, vocabulary: int) -> int:
+    """Rows whose softmax is kept for the backward pass, `KEPT_BYTES` of them at most; the others are made again."""
+    kernels = library()
+    assert kernels is not None
+    kernels.head_kept_rows.restype = ctypes.c_int64
+    return int(kernels.head_kept_rows(ctypes.c_int64(rows), ctypes.c_int64(KEPT_BYTES // (2 * vocabulary))))
 
 
 def sort_slots(expert_MK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

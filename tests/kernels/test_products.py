@@ -108,12 +108,18 @@ def test_head_cross_entropy_equals_pytorch_in_value_and_gradients(rows, width, v
 
 @pytest.mark.parametrize(
     "rows, width, vocabulary, temperature",
-    [(1, 16, 32, 1.0), (45, 48, 1360, 0.6), (300, 64, 1104, 1.0), (1500, 32, 80, 1.3)],
+    [(1, 16, 32, 1.0), (45, 48, 1360, 0.6), (300, 64, 1104, 1.0), (1500, 32, 80, 1.3), (2049, 16, 32, 1.0)],
 )
-def test_head_log_probability_equals_pytorch_in_value_and_gradients(rows, width, vocabulary, temperature):
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("size", [1.0, 40.0], ids=["", "far from the token's score"])
+def test_head_log_probability_equals_pytorch_in_value_and_gradients(
+    rows, width, vocabulary, temperature, kept, size, monkeypatch
+):
+    kept_rows = {"all": rows, "some": min(rows - 1, 1030), "none": 0}[kept]
+    monkeypatch.setattr(products, "KEPT_BYTES", 2 * vocabulary * kept_rows)
     torch.manual_seed(rows)
     hidden = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(vocabulary, width, requires_grad=True)
+    weight = (size * torch.randn(vocabulary, width)).requires_grad_()
     token = torch.randint(0, vocabulary, (rows,))
     got, entropy = products.head_log_probability(hidden, weight, token, temperature)
     score = hidden.to(LOW).float() @ weight.to(LOW).float().t() / temperature

@@ -1,15 +1,14 @@
 // The output head of a policy: log-probabilities of its tokens and, once an objective has weighted the rows, both gradients,
 // without the array of scores. See products.h.
 //
-// Two passes over the vocabulary, a segment at a time for a block of rows, so that scores, gradients and the weights in use stay
-// in the cache of a core. The first keeps of each row what its softmax divides by, and is all that log-probabilities need. The
-// second makes the scores again, which is cheaper than keeping them, turns them into gradients while they are in registers, and
-// multiplies them down. For the weight's gradient the gradients of CHUNK_ROWS rows are kept in bfloat16. Cross-entropy, whose
-// rows all weigh the same, needs one pass only: head.cpp.
+// Block of rows by block, a segment of the vocabulary at a time, so that scores and the weights in use stay in the cache of a
+// core. A score becomes a power, exp(score - score of the row's own token), while it is in a register. What the rows will weigh
+// is not known yet, but all that is left for later is a factor per row: powers times weights give the gradient of the hidden
+// state but for it, and powers kept in bfloat16, whose range is that of float32, the gradient of the weights. That saves the
+// backward pass two of its three products. Rows for which there is no memory make their scores again. Cross-entropy, whose
+// rows all weigh the same, needs no second pass: head.cpp.
 //
 // Reference: training/loss.py through PyTorch; compared in tests/kernels/test_products.py.
-
-#include <type_traits>
 
 #include "cross_entropy.h"
 #include "products.h"
@@ -21,10 +20,20 @@ using namespace shoal;
 constexpr int64_t HEAD_ROWS = 128;            // every block reads all weights once
 constexpr int64_t SEGMENT_BYTES = 512 << 10;  // of weights, at a time
 constexpr int64_t MAX_SEGMENT = 512;
-constexpr int64_t CHUNK_ROWS = 1024;
+constexpr int64_t CHUNK_ROWS = 1024;  // whose powers or gradients lie together; a multiple of HEAD_ROWS
 constexpr int64_t OUTS_PER_TASK = 128;
+constexpr float TOO_LARGE = 1e26f;  // sum of powers that calls for another score to start from
 
-using RowSoftmax = Softmax<quick_exp>;
+// A row's scores, exponentiated from `start` on: the sum of the powers, and of each times its exponent.
+struct RowSoftmax {
+    float start, chosen, sum, mean;
+
+    float log_sum() const { return start + std::log(sum); }
+    float log_probability() const { return chosen - start - std::log(sum); }
+    float entropy() const { return std::log(sum) - mean / sum; }
+    // The token's power less all powers: its gradient but for the factor of the row.
+    float token_gradient() const { return fast_exp(chosen - start) - sum; }
+};
 
 struct Head {
     const float* hidden;
@@ -43,39 +52,117 @@ struct Head {
         return count;
     }
 
-    // `use(row, column in the segment, sixteen scores over the temperature)`.
+    // `use(row, column in the segment, some times sixteen scores over the temperature)`.
     template <typename Use>
     void scores(const bf16* input, int64_t count, int64_t start, int64_t stop, Use&& use) const {
         block_times_panels<3>(input, width, count, forward + start * width, (stop - start) / LANES, [&](int64_t r, int64_t p, auto& acc) {
-            constexpr int N = std::extent<std::remove_reference_t<decltype(acc)>, 1>::value;
-            for (int64_t i = 0; i < TILE_ROWS; ++i)
-                for (int j = 0; j < N; ++j) use(r + i, (p + j) * LANES, acc[i][j] * inverse_temperature);
+            for (int64_t i = 0; i < TILE_ROWS; ++i) {
+                for (Lanes& v : acc[i]) v *= inverse_temperature;
+                use(r + i, p * LANES, acc[i]);
+            }
         });
     }
 
-    // `use(row, its softmax, score of its token)` once a row has seen the whole vocabulary.
+    // The score of one row's token, the same bits as among all of them.
+    float token_score(const bf16* input, int64_t row, int64_t token) const {
+        Lanes acc[1][1] = {};
+        tile<1, 1>(input + row * row_stride(width), 0, 2, forward + token / LANES * LANES * width, 0, width / 2, acc);
+        return acc[0][0][token % LANES] * inverse_temperature;
+    }
+
+    // Where rows start that are `TOO_LARGE` from their token's score: their largest one.
+    void start_from_largest(const bf16* input, int64_t count, RowSoftmax* row) const {
+        Lanes top[HEAD_ROWS];
+        std::fill(top, top + HEAD_ROWS, Lanes{} - INFINITY);
+        scores(input, count, 0, vocabulary, [&](int64_t r, int64_t, auto& v) { for (const Lanes& each : v) top[r] = max_lanes(top[r], each); });
+        for (int64_t r = 0; r < count; ++r) {
+            row[r].start = top[r][0];
+            for (int64_t i = 1; i < LANES; ++i) row[r].start = std::max(row[r].start, top[r][i]);
+        }
+    }
+
+    // The softmax of a block of rows. `use(start, stop, powers of these columns)`; all again if rows have to start elsewhere.
     template <typename Use>
-    void normalise(Use&& use) const {
-        const int64_t most = segment();
+    void softmax(const bf16* input, int64_t first, int64_t count, bf16* power, RowSoftmax* row, Use&& use) const {
+        const int64_t most = segment(), stride = row_stride(most);
+        for (int64_t r = 0; r < count; ++r) row[r].start = row[r].chosen = token_score(input, r, token[first + r]);
+        for (bool again : {true, false}) {
+            Lanes sum[HEAD_ROWS] = {}, mean[HEAD_ROWS] = {};
+            for (int64_t start = 0; start < vocabulary; start += most) {
+                const int64_t stop = std::min(vocabulary, start + most);
+                scores(input, count, start, stop, [&](int64_t r, int64_t column, auto& v) {
+                    if (r >= count) return;
+                    Lanes sums = sum[r], means = mean[r];
+                    for (const Lanes& each : v) {
+                        const Lanes exponent = each - row[r].start, here = quick_exp(exponent);
+                        sums += here, means += here * exponent;
+                        put_bf16(power + r * stride + column, here);
+                        column += LANES;
+                    }
+                    sum[r] = sums, mean[r] = means;
+                });
+                use(start, stop, power);
+            }
+            bool fine = true;
+            for (int64_t r = 0; r < count; ++r) row[r].sum = sum_of(sum[r]), row[r].mean = sum_of(mean[r]), fine &= row[r].sum < TOO_LARGE;
+            if (fine || !again) return;
+            start_from_largest(input, count, row);
+        }
+    }
+};
+
+// Powers of the first rows: of every CHUNK_ROWS of them as columns (products.h), a row's token holding `token_gradient`.
+struct Kept {
+    int64_t rows;
+    bf16* power;
+    float *gradient, *factor;  // [rows][width] of the hidden states for a weight of one; [rows] one over the sum of powers
+
+    int64_t chunk_rows(int64_t start) const { return std::min(CHUNK_ROWS, rows - start); }
+    static int64_t step(int64_t count) { return (count + 1) / 2 * PAIR; }
+};
+
+struct HeadForward {
+    const Head& head;
+    const bf16* backward;
+    const Kept& kept;
+
+    // `use(row, its softmax)`.
+    template <typename Use>
+    void run(Use&& use) const {
 #pragma omp parallel
         {
-            Buffer<bf16> input(HEAD_ROWS * row_stride(width));
-            Buffer<float> score(HEAD_ROWS * most), chosen(HEAD_ROWS);
+            Buffer<bf16> input(HEAD_ROWS * row_stride(head.width)), power(HEAD_ROWS * row_stride(head.segment()));
+            RowSoftmax row[HEAD_ROWS];
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t first = 0; first < rows; first += HEAD_ROWS) {
-                const int64_t count = load(first, rows, input.get());
-                RowSoftmax softmax[HEAD_ROWS];
-                for (int64_t start = 0; start < vocabulary; start += most) {
-                    const int64_t stop = std::min(vocabulary, start + most);
-                    scores(input.get(), count, start, stop, [&](int64_t r, int64_t column, Lanes v) { put(score.get() + r * most + column, v); });
-                    for (int64_t r = 0; r < count; ++r) {
-                        const float* line = score.get() + r * most;
-                        softmax[r].take(line, stop - start);
-                        if (token[first + r] >= start && token[first + r] < stop) chosen.get()[r] = line[token[first + r] - start];
-                    }
-                }
-                for (int64_t r = 0; r < count; ++r) use(first + r, softmax[r], chosen.get()[r]);
+            for (int64_t first = 0; first < head.rows; first += HEAD_ROWS) {
+                const int64_t count = head.load(first, head.rows, input.get());
+                if (first < kept.rows) keep(input.get(), power.get(), first, count, row);
+                else head.softmax(input.get(), first, count, power.get(), row, [](int64_t, int64_t, bf16*) {});
+                for (int64_t r = 0; r < count; ++r) use(first + r, row[r]);
             }
+        }
+    }
+
+    void keep(const bf16* input, bf16* power, int64_t first, int64_t count, RowSoftmax* row) const {
+        const int64_t chunk = first / CHUNK_ROWS * CHUNK_ROWS, step = Kept::step(kept.chunk_rows(chunk)), stride = row_stride(head.segment());
+        bf16* columns = kept.power + chunk * head.vocabulary + (first - chunk) * LANES;
+        head.softmax(input, first, count, power, row, [&](int64_t start, int64_t stop, bf16* some) {
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t place = head.token[first + r] - start;
+                if (place >= 0 && place < stop - start) some[r * stride + place] = 0;
+            }
+            if (count % 2) std::memset(some + count * stride, 0, (stop - start) * sizeof(bf16));
+            add_block_times_panels(some, stride, count, backward, head.vocabulary, start, stop, head.width, kept.gradient + first * head.width);
+            block_to_columns(some, stride, stop - start, count, columns + start / LANES * step, step);
+        });
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t token = head.token[first + r];
+            const float of_token = row[r].token_gradient(), factor = 1.0f / row[r].sum;
+            columns[token / LANES * step + r / 2 * PAIR + token % LANES * 2 + r % 2] = to_bf16(of_token);
+            float* gradient = kept.gradient + (first + r) * head.width;
+            const bf16* weight = head.forward + token / LANES * LANES * head.width + token % LANES * 2;
+            for (int64_t d = 0; d < head.width; ++d) gradient[d] = (gradient[d] + of_token * to_float(weight[d / 2 * PAIR + d % 2])) * factor;
+            kept.factor[first + r] = factor;
         }
     }
 };
@@ -84,17 +171,56 @@ struct Head {
 struct HeadGradient {
     const Head& head;
     const bf16* backward;
+    const Kept& kept;
     const float *log_sum, *row_weight;
     float *grad_hidden, *grad_weight;   // the latter may be null
 
     void run() const {
-        const int64_t rows = head.rows, width = head.width, vocabulary = head.vocabulary, most = std::min(rows, CHUNK_ROWS), pairs = (most + 1) / 2;
-        Buffer<bf16> left(grad_weight ? 2 * pairs * vocabulary : 1), right(grad_weight ? 2 * pairs * width : 1);
+        if (kept.rows) use_kept();
+        if (kept.rows < head.rows) make_again();
+    }
+
+    void use_kept() const {
+        const int64_t width = head.width, vocabulary = head.vocabulary;
+        Buffer<bf16> right(grad_weight ? (kept.rows + 1) * width : 1);
+#pragma omp parallel
+        {
+            Buffer<bf16> input(HEAD_ROWS * row_stride(width));
+            Buffer<float> line(width);
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < kept.rows; first += HEAD_ROWS) {
+                const int64_t count = std::min(HEAD_ROWS, kept.rows - first), chunk = first / CHUNK_ROWS * CHUNK_ROWS;
+                for (int64_t r = 0; r < count; ++r) {
+                    const int64_t row = first + r;
+                    const float weight = row_weight[row], factor = weight * kept.factor[row];
+                    for (int64_t d = 0; d < width; d += LANES) {
+                        put(grad_hidden + row * width + d, lanes(kept.gradient + row * width + d) * weight);
+                        put(line.get() + d, lanes(head.hidden + row * width + d) * factor);
+                    }
+                    put_row(input.get() + r * row_stride(width), line.get(), width);
+                }
+                clear_rows(input.get(), width, count);
+                if (grad_weight)
+                    block_to_columns(input.get(), width, count, right.get() + chunk * width + (first - chunk) * LANES, Kept::step(kept.chunk_rows(chunk)));
+            }
+            if (grad_weight) {
+#pragma omp for schedule(dynamic, 1)
+                for (int64_t n = 0; n < vocabulary; n += OUTS_PER_TASK)
+                    for (int64_t chunk = 0; chunk < kept.rows; chunk += CHUNK_ROWS)
+                        outer_columns(kept.power + chunk * vocabulary, {n, std::min(vocabulary, n + OUTS_PER_TASK)}, right.get() + chunk * width, width,
+                                      {0, width / LANES}, Kept::step(kept.chunk_rows(chunk)) / PAIR, chunk > 0, grad_weight);
+            }
+        }
+    }
+
+    void make_again() const {
+        const int64_t rows = head.rows, width = head.width, vocabulary = head.vocabulary, most = std::min(rows - kept.rows, CHUNK_ROWS);
+        Buffer<bf16> left(grad_weight ? (most + 1) * vocabulary : 1), right(grad_weight ? (most + 1) * width : 1);
 #pragma omp parallel
         {
             Buffer<bf16> input(HEAD_ROWS * row_stride(width)), grads(HEAD_ROWS * row_stride(head.segment()));
-            for (int64_t start = 0; start < rows; start += CHUNK_ROWS) {
-                const int64_t stop = std::min(rows, start + CHUNK_ROWS), chunk_pairs = (stop - start + 1) / 2, step = chunk_pairs * PAIR;
+            for (int64_t start = kept.rows; start < rows; start += CHUNK_ROWS) {
+                const int64_t stop = std::min(rows, start + CHUNK_ROWS), step = Kept::step(stop - start);
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t first = start; first < stop; first += HEAD_ROWS) {
                     const int64_t count = head.load(first, stop, input.get()), at = (first - start) * LANES;
@@ -104,7 +230,7 @@ struct HeadGradient {
                 if (!grad_weight) continue;
 #pragma omp for schedule(dynamic, 1)
                 for (int64_t n = 0; n < vocabulary; n += OUTS_PER_TASK)
-                    outer_columns(left.get(), {n, std::min(vocabulary, n + OUTS_PER_TASK)}, right.get(), width, {0, width / LANES}, chunk_pairs,
+                    outer_columns(left.get(), {n, std::min(vocabulary, n + OUTS_PER_TASK)}, right.get(), width, {0, width / LANES}, step / PAIR,
                                   start > 0, grad_weight);
             }
         }
@@ -114,11 +240,14 @@ struct HeadGradient {
         const int64_t most = head.segment(), stride = row_stride(most);
         for (int64_t start = 0; start < head.vocabulary; start += most) {
             const int64_t stop = std::min(head.vocabulary, start + most);
-            head.scores(input, count, start, stop, [&](int64_t r, int64_t column, Lanes v) {
-                put_bf16(grads + r * stride + column, r < count ? quick_exp(v - log_sum[first + r]) * row_weight[first + r] : Lanes{});
-                const int64_t token = r < count ? head.token[first + r] - start - column : LANES;
-                if (token >= 0 && token < LANES)
-                    grads[r * stride + column + token] = to_bf16((fast_exp(v[token] - log_sum[first + r]) - 1.0f) * row_weight[first + r]);
+            head.scores(input, count, start, stop, [&](int64_t r, int64_t column, auto& v) {
+                for (const Lanes& each : v) {
+                    put_bf16(grads + r * stride + column, r < count ? quick_exp(each - log_sum[first + r]) * row_weight[first + r] : Lanes{});
+                    const int64_t token = r < count ? head.token[first + r] - start - column : LANES;
+                    if (token >= 0 && token < LANES)
+                        grads[r * stride + column + token] = to_bf16((fast_exp(each[token] - log_sum[first + r]) - 1.0f) * row_weight[first + r]);
+                    column += LANES;
+                }
             });
             add_block_times_panels(grads, stride, count, backward, head.vocabulary, start, stop, head.width, grad_hidden + first * head.width);
             if (columns) block_to_columns(grads, stride, stop - start, count, columns + start / LANES * step, step);
@@ -130,21 +259,30 @@ struct HeadGradient {
 
 extern "C" {
 
+// Rows whose powers may be kept, when `rows` are wanted: all, or whole chunks.
+int64_t head_kept_rows(int64_t rows, int64_t wanted) { return wanted >= rows ? rows : wanted / CHUNK_ROWS * CHUNK_ROWS; }
+
 // Log-probability of each row's token under softmax(scores / temperature), the entropy there, and the logarithm of the sum of
-// exponentials.
-void head_log_probability(const float* hidden, const bf16* forward, const int64_t* token, float inverse_temperature, float* logprob,
-                          float* entropy, float* log_sum, int64_t rows, int64_t width, int64_t vocabulary) {
-    Head{hidden, forward, rows, width, vocabulary, token, inverse_temperature}.normalise([&](int64_t row, const RowSoftmax& softmax, float score) {
-        logprob[row] = softmax.log_probability(score), entropy[row] = softmax.entropy(), log_sum[row] = softmax.log_sum();
+// exponentials. Of the first `kept_rows` (from `head_kept_rows`) what their gradients need: `power` [kept_rows, even][vocabulary],
+// `gradient` [kept_rows][width], `factor` [kept_rows].
+void head_log_probability(const float* hidden, const bf16* forward, const bf16* backward, const int64_t* token, float inverse_temperature,
+                          float* logprob, float* entropy, float* log_sum, bf16* power, float* gradient, float* factor, int64_t kept_rows,
+                          int64_t rows, int64_t width, int64_t vocabulary) {
+    const Head head{hidden, forward, rows, width, vocabulary, token, inverse_temperature};
+    const Kept kept{kept_rows, power, gradient, factor};
+    HeadForward{head, backward, kept}.run([&](int64_t row, const RowSoftmax& softmax) {
+        logprob[row] = softmax.log_probability(), entropy[row] = softmax.entropy(), log_sum[row] = softmax.log_sum();
     });
 }
 
 // Gradients of sum(row_weight * -log-probability * temperature); the weight's may be null.
 void head_log_probability_backward(const float* hidden, const bf16* forward, const bf16* backward, const int64_t* token,
-                                   float inverse_temperature, const float* log_sum, const float* row_weight, float* grad_hidden,
-                                   float* grad_weight, int64_t rows, int64_t width, int64_t vocabulary) {
+                                   float inverse_temperature, const float* log_sum, const float* row_weight, bf16* power, float* gradient,
+                                   float* factor, int64_t kept_rows, float* grad_hidden, float* grad_weight, int64_t rows, int64_t width,
+                                   int64_t vocabulary) {
     const Head head{hidden, forward, rows, width, vocabulary, token, inverse_temperature};
-    HeadGradient{head, backward, log_sum, row_weight, grad_hidden, grad_weight}.run();
+    const Kept kept{kept_rows, power, gradient, factor};
+    HeadGradient{head, backward, kept, log_sum, row_weight, grad_hidden, grad_weight}.run();
 }
 
 }  // extern "C"
