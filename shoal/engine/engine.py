@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.engine.packed_model import Draw
 from shoal.engine.request import Completion, FinishReason, Request, TokenEvent
 from shoal.engine.runner import Runner, TransformerRunner, runner_for
 from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
@@ -258,19 +259,27 @@ class Engine:
         needed = int(rows.position_N.max()) + 1
         if needed > cache.num_positions:
             cache.grow(-(-needed // CACHE_GRAIN) * CACHE_GRAIN)
-        logit_NV = self.runner.decode(rows.token_N, rows.position_N, cache)
+        draw = Draw.of(rows.sampling.temperature_N, rows.sampling.uniform_numbers(rows.drawn_N))
+        at_once = rows.sampling.is_plain and self.runner.decode_and_draw(rows.token_N, rows.position_N, cache, draw)
+        logit_NV = None if at_once else self.runner.decode(rows.token_N, rows.position_N, cache)
         rows.position_N += rows.alive_N
         for request_id in rows.request_N:
             self.tokens_of_step[request_id] = self.tokens_of_step.get(request_id, 0) + 1
-        return self._draw(logit_NV, rows.alive_N.nonzero().squeeze(1))
+        row_N = rows.alive_N.nonzero().squeeze(1)
+        if logit_NV is not None:
+            return self._draw(logit_NV if len(row_N) == len(logit_NV) else logit_NV[row_N], row_N)
+        return self._take(row_N, draw.token_N[row_N], draw.logprob_N[row_N], torch.ones(len(row_N), dtype=torch.bool))
 
     def _draw(self, logit_NV: Tensor, row_N: Tensor) -> list[TokenEvent]:
-        """Draw for the rows `row_N`; `logit_NV` has either one line per row of the batch or one per `row_N`."""
+        """Draw for the rows `row_N` from a line of logits each."""
         assert self._rows is not None
         rows = self._rows
-        if len(logit_NV) != len(row_N):
-            logit_NV = logit_NV[row_N]
-        token_N, logprob_N, finite_N = sample_tokens(logit_NV, rows.sampling.keep(row_N), rows.drawn_N[row_N])
+        return self._take(row_N, *sample_tokens(logit_NV, rows.sampling.keep(row_N), rows.drawn_N[row_N]))
+
+    def _take(self, row_N: Tensor, token_N: Tensor, logprob_N: Tensor, finite_N: Tensor) -> list[TokenEvent]:
+        """Append what was drawn for the rows `row_N`."""
+        assert self._rows is not None
+        rows = self._rows
         rows.token_N[row_N] = token_N
         rows.drawn_N[row_N] += 1
         full_N = rows.drawn_N[row_N] >= rows.limit_N[row_N]

@@ -7,6 +7,7 @@ are cut into heads for the absorbed form; gate and up projections alternate pane
 
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ WeightSource = Callable[[str], Weight]
 """Gives the weight of a name of `Transformer.state_dict()`, floats or the codes of a quantised directory."""
 
 LANES = 16
-OUTSIDE_VOCABULARY = 2
-"""What a pass returns when a token is none."""
+OUTSIDE_VOCABULARY, NOT_DRAWN = 2, 3
+"""What a pass returns when a token is none, and when draws need a look at all scores."""
 
 
 class _LayerStruct(ctypes.Structure):
@@ -97,8 +98,33 @@ class _BatchStruct(ctypes.Structure):
         ("output_row", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
-        ("chosen", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("chosen", "temperature", "uniform", "drawn", "drawn_logprob")),
     ]
+
+
+@dataclass
+class Draw:
+    """Draws by the pass itself, so that logits need not exist: in, how; out, what (`engine/sampling.py` has the meaning)."""
+
+    temperature_N: Tensor
+    """Above zero."""
+    uniform_N: Tensor
+    token_N: Tensor
+    logprob_N: Tensor
+    done: bool = False
+    """Whether the tokens stand: scores that are not finite, or of a spread beyond float32, need logits."""
+
+    @staticmethod
+    def of(temperature_N: Tensor, uniform_N: Tensor) -> "Draw":
+        """Room for as many tokens as there are temperatures."""
+        count = len(temperature_N)
+        return Draw(
+            temperature_N.float().contiguous(), uniform_N, torch.empty(count, dtype=torch.long), torch.empty(count)
+        )
+
+    def pointers(self) -> tuple[int, ...]:
+        """As the pass takes them."""
+        return tuple(each.data_ptr() for each in (self.temperature_N, self.uniform_N, self.token_N, self.logprob_N))
 
 
 def _plain(embedding_VD: Tensor) -> Tensor:
@@ -181,6 +207,7 @@ class PackedModel:
         hidden_in: Tensor | None = None,
         hidden_out: Tensor | None = None,
         chosen_LMK: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
         """Run `M` tokens, append their cache entries, return logits of the tokens `output_row`.
 
@@ -191,6 +218,7 @@ class PackedModel:
             hidden_in: float32 `[M, D]` to start from in the place of embeddings; overwritten by what `hidden_out` would hold.
             hidden_out: float32 `[M, D]`, filled with the hidden states before the final norm.
             chosen_LMK: int32, filled with the routed experts of every layer (dense layers untouched).
+            draw: fill this with a token for each output instead of making logits; none are returned.
         """
         assert cache_LPTW.is_contiguous() and cache_LPTW.dtype in (torch.float32, torch.bfloat16)
         num_pages, page_tokens = cache_LPTW.shape[1], cache_LPTW.shape[2]
@@ -206,9 +234,9 @@ class PackedModel:
             else:
                 token_M = token_M.to(torch.int64).contiguous()
                 token_at = token_M.data_ptr()
-        logit = torch.empty(len(output_row), self.config.vocab_size)
         arrays = [tensor.to(torch.int32).contiguous() for tensor in (position_M, sequence_M, table_BX, output_row)]
         position_M, sequence_M, table_BX, output_row = arrays
+        logit = torch.empty(0 if draw else len(output_row), self.config.vocab_size)
         batch = _BatchStruct(
             len(token_M),
             token_at,
@@ -223,14 +251,17 @@ class PackedModel:
             cache_LPTW.stride(0),
             output_row.data_ptr(),
             len(output_row),
-            logit.data_ptr(),
+            None if draw else logit.data_ptr(),
             chosen_LMK.data_ptr() if chosen_LMK is not None else None,
+            *(draw.pointers() if draw else ()),
         )
         failed = self._kernels.forward_run(self._forward, ctypes.byref(batch))
         if failed == OUTSIDE_VOCABULARY:
             raise IndexError(f"tokens must be in 0..{self.config.vocab_size - 1}; got {token_M.tolist()}")
-        if failed:
+        if failed not in (0, NOT_DRAWN):
             raise MemoryError(f"no memory for a pass over {len(token_M)} tokens")
+        if draw:
+            draw.done = not failed
         return logit
 
     def weight_data(self) -> Iterator[Tensor]:

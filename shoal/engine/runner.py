@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoal.engine.packed_model import PackedModel, fits
+from shoal.engine.packed_model import Draw, PackedModel, fits
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import product_dtype
 from shoal.model.transformer import Transformer
@@ -35,6 +35,10 @@ class Runner(Protocol):
 
     def decode(self, token_N: Tensor, position_N: Tensor, cache: LatentCache) -> Tensor:
         """Take one token per cache row; logits `[N, V]`."""
+        ...
+
+    def decode_and_draw(self, token_N: Tensor, position_N: Tensor, cache: LatentCache, draw: Draw) -> bool:
+        """The same with the next tokens drawn on the way; False, with nothing drawn, where that cannot be done."""
         ...
 
 
@@ -73,6 +77,9 @@ class TransformerRunner:
         hidden_NSD = self.model(token_N.unsqueeze(1), position_BS=position_N.unsqueeze(1), cache=cache)
         return self.model.logits(hidden_NSD[:, 0]).float()
 
+    def decode_and_draw(self, token_N: Tensor, position_N: Tensor, cache: LatentCache, draw: Draw) -> bool:
+        return False
+
 
 class PackedRunner:
     """The fused pass. Weights are float32 or bfloat16, whichever the module multiplies in; or they are given, and stay."""
@@ -104,9 +111,16 @@ class PackedRunner:
         return logit_BV
 
     def decode(self, token_N: Tensor, position_N: Tensor, cache: LatentCache) -> Tensor:
+        return self._step(token_N, position_N, cache, None)
+
+    def decode_and_draw(self, token_N: Tensor, position_N: Tensor, cache: LatentCache, draw: Draw) -> bool:
+        self._step(token_N, position_N, cache, draw)
+        return draw.done
+
+    def _step(self, token_N: Tensor, position_N: Tensor, cache: LatentCache, draw: Draw | None) -> Tensor:
         rows = torch.arange(len(token_N), dtype=torch.int32)
         packed = self._packed or self._fresh()
-        return packed.run(token_N, position_N.to(torch.int32), rows, cache.entry_LBTW, output_row=rows)
+        return packed.run(token_N, position_N.to(torch.int32), rows, cache.entry_LBTW, output_row=rows, draw=draw)
 
     def _format(self) -> str:
         if self._given is not None:

@@ -29,6 +29,15 @@ class RowSampling:
     top_k_N: Tensor
     seed_N: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all rows sample from the whole distribution: no cuts, nothing greedy."""
+        return not bool(((self.top_k_N > 0) | (self.top_p_N < 1) | (self.temperature_N == 0)).any())
+
+    def uniform_numbers(self, drawn_N: Tensor) -> Tensor:
+        """The random number of each row's next token, in [0, 1); `drawn_N` tokens went before."""
+        return torch.from_numpy(uniforms(self.seed_N, drawn_N.numpy()))
+
     def keep(self, row_K: Tensor) -> "RowSampling":
         """Only these rows, in this order."""
         picked = row_K.numpy()
@@ -52,7 +61,7 @@ def sample_tokens(logit_NV: Tensor, rows: RowSampling, drawn_N: Tensor) -> tuple
         logit_NV: float32 scores.
         drawn_N: tokens each row has drawn before; the counter of its random numbers.
     """
-    uniform_N = torch.from_numpy(uniforms(rows.seed_N, drawn_N.numpy()))
+    uniform_N = rows.uniform_numbers(drawn_N)
     cut_N = (rows.top_k_N > 0) | (rows.top_p_N < 1)
     if not bool(cut_N.any()):
         return sample_rows(logit_NV, rows.temperature_N, uniform_N)

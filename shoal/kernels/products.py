@@ -198,7 +198,10 @@ class _HeadLogProbability(torch.autograd.Function):
         kept_rows = _kept_rows(rows, vocabulary) if needed else 0
         power = torch.empty(kept_rows + kept_rows % 2, vocabulary, dtype=torch.bfloat16)
         ctx.kept = (power, hidden_MD.new_empty(kept_rows, width), hidden_MD.new_empty(kept_rows), kept_rows)
-        given, outputs = (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse), (logprob_M, entropy_M, log_sum_M)
+        given, outputs = (
+            (hidden_MD, ctx.panels, ctx.panels_back, token_M, ctx.inverse),
+            (logprob_M, entropy_M, log_sum_M),
+        )
         call("head_log_probability", *given, *outputs, *ctx.kept, *ctx.sizes)
         ctx.save_for_backward(hidden_MD, token_M, log_sum_M)
         ctx.mark_non_differentiable(entropy_M)

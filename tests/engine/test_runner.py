@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.config import YarnConfig
-from shoal.engine.packed_model import PackedModel
+from shoal.engine.packed_model import Draw, PackedModel
 from shoal.engine.runner import PackedRunner, TransformerRunner, runner_for
 from shoal.kernels.cpu.build import library
+from shoal.kernels.dispatch import sample_rows
 from shoal.model.latent_cache import LatentCache
 from shoal.model.layers import set_compute_dtype
 from shoal.model.transformer import Transformer, initialise
@@ -128,6 +129,42 @@ def test_odd_shapes_and_crowded_or_empty_experts_agree_with_the_pytorch_model(
     token, position = torch.arange(len(prompts)), torch.tensor(lengths)
     expected, got = (r.decode(token, position, c) for r, c in zip((reference, fused), caches))
     assert torch.allclose(got, expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary, rows", [(97, 1), (97, 9), (512, 7), (1500, 70)])
+def test_draws_of_the_pass_are_those_from_its_logits_bit_for_bit(dtype, vocabulary, rows):
+    model = model_of({"vocab_size": vocabulary})
+    set_compute_dtype(model, dtype)
+    runner = PackedRunner(model)
+    cache = cache_of(model, runner, rows)
+    runner.prefill([[row % 90, 5] for row in range(rows)], cache)
+    generator = torch.Generator().manual_seed(rows)
+    for step in range(3):
+        temperature = 0.3 + 2 * torch.rand(rows, generator=generator)
+        uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+        token, position = torch.arange(rows) % 97, torch.full((rows,), 2 + step)
+        draw = Draw.of(temperature, uniform)
+        assert runner.decode_and_draw(token, position, cache, draw)
+        drawn, logprob, finite = sample_rows(runner.decode(token, position, cache), temperature, uniform)
+        assert finite.all() and torch.equal(draw.token_N, drawn) and torch.equal(draw.logprob_N, logprob)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("far", [float("nan"), float("inf"), 1e6], ids=str)
+def test_scores_that_cannot_be_drawn_from_at_once_are_left_to_their_logits(far):
+    model = model_of({"vocab_size": 600})
+    model.norm.weight.fill_(1.0)
+    model.lm_head.weight[400] *= far
+    runner = PackedRunner(model)
+    cache = cache_of(model, runner, 8)
+    runner.prefill([[row, 5] for row in range(8)], cache)
+    draw = Draw.of(torch.ones(8), torch.full((8,), 0.5, dtype=torch.float64))
+    assert not runner.decode_and_draw(torch.arange(8), torch.full((8,), 2), cache, draw)
+    model.lm_head.weight[400] = 0.0
+    runner.prefill([[row, 5] for row in range(8)], cache)
+    assert runner.decode_and_draw(torch.arange(8), torch.full((8,), 2), cache, draw)
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ HEADERS = (
     "panel_products.h",
     "latent_attention.h",
     "model.h",
+    "drawing.h",
     "routing.h",
     "team.h",
 )

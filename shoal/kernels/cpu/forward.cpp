@@ -7,10 +7,12 @@
 //
 // Reference: model/transformer.py with a cache; compared in tests/engine/test_runner.py.
 
+#include <atomic>
 #include <memory>
 #include <new>
 #include <type_traits>
 
+#include "drawing.h"
 #include "latent_attention.h"
 #include "panel_products.h"
 #include "routing.h"
@@ -22,10 +24,10 @@
 
 namespace shoal {
 
-constexpr int64_t PHASES_PER_LAYER = 20, LAST_PHASES = 4;
+constexpr int64_t PHASES_PER_LAYER = 20, LAST_PHASES = 6;
 
 struct ThreadScratch {
-    std::vector<float> row;
+    std::vector<float> row, scores;
     std::vector<uint8_t> panel;  // queries of one token and up to 16 heads
     ChunkScratch<float> single;
     ChunkScratch<bf16> low;
@@ -55,9 +57,14 @@ class Forward {
                 attention<T>(member, batch, m.layers[i], i);
                 feed_forward(member, batch, m.layers[i], i);
             }
-            logits(member, batch);
+            final_norm(member, batch);
+            if (batch.logits) logits(member, batch);
+            else draw(member, batch);
         }
     }
+
+    // Whether the last batch's draws stand: they do not where scores are not finite, or far above those seen first.
+    bool drew_all() const { return drew; }
 
   private:
     const Model m;
@@ -69,6 +76,9 @@ class Forward {
     std::vector<uint8_t> lifted;  // [tokens][heads][latent + rotary] queries in the space of cache entries
     std::vector<int32_t> all_rows, head_rows;
     Routes routes;
+    std::vector<Drawing> drawings;
+    std::vector<float> weight_sums;  // [outputs][blocks of the vocabulary]
+    std::atomic<bool> drew{true};
 
     template <typename T>
     void prepare(const Batch& b) {
@@ -98,6 +108,12 @@ class Forward {
             for (int64_t t = 0; t < tokens; ++t) head_rows[h * tokens + t] = static_cast<int32_t>(t * m.heads + h);
         grow(final, std::max(b.outputs, tokens) * m.hidden);
         head_input.reserve(b.outputs, m.head);
+        if (!b.logits) {
+            grow(weight_sums, b.outputs * draw_blocks());
+            if (static_cast<int64_t>(drawings.size()) < b.outputs) drawings.resize(b.outputs);
+            for (auto& mine : scratch) grow(mine->scores, b.outputs * DRAW_BLOCK);
+            drew = true;
+        }
         for (int64_t i = 0; i < m.num_layers; ++i) prepare(b, m.layers[i]);
     }
 
@@ -359,11 +375,56 @@ class Forward {
         });
     }
 
-    void logits(Member& member, const Batch& b) {
+    void final_norm(Member& member, const Batch& b) {
         const Inputs hidden = head_input.of(m.head);
         const int64_t thread = member.index();
         member.each(b.outputs, [&](int64_t i) { norm_into(thread, b.x + b.output_row[i] * m.hidden, m.final_norm, m.hidden, m.norm_eps, hidden, i); });
-        product(member, m.head, hidden, b.outputs, [&](int64_t i, int64_t p, Lanes v) { put_panel(b.logits + i * m.head.rows, m.head.rows, p, v); });
+    }
+
+    void logits(Member& member, const Batch& b) {
+        product(member, m.head, head_input.of(m.head), b.outputs, [&](int64_t i, int64_t p, Lanes v) { put_panel(b.logits + i * m.head.rows, m.head.rows, p, v); });
+    }
+
+    int64_t draw_blocks() const { return (m.head.rows + DRAW_BLOCK - 1) / DRAW_BLOCK; }
+
+    // Scores of a block of the vocabulary for outputs `rows`, one line of DRAW_BLOCK each.
+    void block_scores(int64_t block, const int32_t* rows, int64_t count, float* scores) {
+        const int64_t first = block * DRAW_BLOCK / LANES, last = std::min(m.head.panels(), first + DRAW_BLOCK / LANES);
+        for_panels(m.head, 0, first, last, head_input.of(m.head), rows, count, [&](int64_t i, int64_t p, Lanes v) { put(scores + i * DRAW_BLOCK + (p - first) * LANES, v); });
+    }
+
+    // A token for each output, whose line of scores never leaves the cache of a core: what is kept of a block is the sum of its
+    // weights, and the block that a token falls into is made again.
+    void draw(Member& member, const Batch& b) {
+        const int64_t blocks = draw_blocks(), width = m.head.rows;
+        float* scores = scratch[member.index()]->scores.data();
+        alignas(64) float weight[DRAW_BLOCK];
+        member.each(1, [&](int64_t) {
+            block_scores(0, all_rows.data(), b.outputs, scores);
+            for (int64_t i = 0; i < b.outputs; ++i) {
+                const float* line = scores + i * DRAW_BLOCK;
+                drawings[i] = Drawing::near(b.temperature[i], *std::max_element(line, line + std::min(DRAW_BLOCK, width)));
+            }
+        });
+        member.each(blocks, [&](int64_t block) {
+            const int64_t count = std::min(DRAW_BLOCK, width - block * DRAW_BLOCK);
+            block_scores(block, all_rows.data(), b.outputs, scores);
+            for (int64_t i = 0; i < b.outputs; ++i) weight_sums[i * blocks + block] = draw_weights(scores + i * DRAW_BLOCK, count, drawings[i], weight);
+        });
+        member.each(b.outputs, [&](int64_t i) {
+            const float* sums = weight_sums.data() + i * blocks;
+            const double sum = total_weight(sums, blocks);
+            if (!(sum < TOO_HEAVY)) {
+                drew = false;
+                return;
+            }
+            const int32_t row = static_cast<int32_t>(i);
+            b.drawn[i] = token_at(sums, width, b.uniform[i] * sum, [&](int64_t first, int64_t count, float* to) {
+                block_scores(first / DRAW_BLOCK, &row, 1, scores);
+                draw_weights(scores, count, drawings[i], to);
+            });
+            b.drawn_logprob[i] = drawings[i].log_probability(scores[b.drawn[i] % DRAW_BLOCK], sum);
+        });
     }
 };
 
@@ -379,7 +440,7 @@ int64_t shoal_struct_bytes(int32_t which) {
 void* forward_new(const shoal::Model* model) { return new (std::nothrow) shoal::Forward(*model); }
 void forward_free(void* forward) { delete static_cast<shoal::Forward*>(forward); }
 
-// 0; 1 when memory ran out; 2 when a token lies outside of the vocabulary.
+// 0; 1 when memory ran out; 2 when a token lies outside of the vocabulary; 3 when tokens could not be drawn without logits.
 int32_t forward_run(void* forward, const shoal::Batch* batch) {
     try {
         auto& f = *static_cast<shoal::Forward*>(forward);
@@ -388,7 +449,7 @@ int32_t forward_run(void* forward, const shoal::Batch* batch) {
             f.run<shoal::bf16>(*batch);
         else
             f.run<float>(*batch);
-        return 0;
+        return f.drew_all() ? 0 : 3;
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -56,8 +56,12 @@ struct Batch {
     int64_t page_tokens, layer_stride;
     const int32_t* output_row; // tokens whose logits are wanted
     int64_t outputs;
-    float* logits;             // [outputs, vocabulary]
+    float* logits;             // [outputs, vocabulary], or null: draw instead
     int32_t* chosen;           // [layers, tokens, K] experts, or null
+    const float* temperature;  // [outputs], above zero
+    const double* uniform;     // [outputs] in [0, 1)
+    int64_t* drawn;            // [outputs]
+    float* drawn_logprob;      // [outputs]
 };
 
 inline void rotate(const float* x, const float* rotation, int64_t rotary, float scale, float* out) {

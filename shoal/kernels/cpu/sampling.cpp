@@ -1,15 +1,12 @@
 // Sampling from logits without a pass over them per operation.
 
-#include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "drawing.h"
 
 namespace {
 
 using namespace shoal;
-
-constexpr int64_t BLOCK = 256;
 
 struct Largest {
     float value;
@@ -39,59 +36,32 @@ int64_t place_of(const float* line, int64_t width, float value) {
     return place;
 }
 
-// exp((line[v] - top) * inverse) for the tokens of one block into `weight`; their sum.
-float block_weights(const float* line, int64_t width, float top, float inverse, float* weight) {
-    Lanes sums = {};
-    int64_t v = 0;
-    for (; v + LANES <= width; v += LANES) {
-        const Lanes here = exp_lanes((lanes(line + v) - top) * inverse);
-        put(weight + v, here);
-        sums += here;
-    }
-    float sum = sum_of(sums);
-    for (; v < width; ++v) sum += weight[v] = fast_exp((line[v] - top) * inverse);
-    return sum;
-}
-
 }  // namespace
 
 extern "C" {
 
 // Draw one token per row: `log_softmax(logit / temperature)`, then the first token whose cumulated probability passes
-// `uniform` (temperature 0: the largest logit). Reference: engine/sampling.py.
+// `uniform` (temperature 0: the largest logit). Reference: kernels/reference.py.
 void sample_rows(const float* logit, const float* temperature, const double* uniform, int64_t rows, int64_t width, int64_t* token, float* logprob, uint8_t* finite) {
-    const int64_t blocks = (width + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (width + DRAW_BLOCK - 1) / DRAW_BLOCK;
 #pragma omp parallel
     {
-        std::vector<float> sums(blocks);  // of the weights of so many tokens side by side
-        alignas(64) float weight[BLOCK];
+        std::vector<float> sums(blocks);
+        alignas(64) float weight[DRAW_BLOCK];
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             const float* line = logit + row * width;
-            const float inverse = temperature[row] > 0.0f ? 1.0f / temperature[row] : 1.0f;
             const auto [top, all_finite] = largest_of(line, width);
+            const Drawing drawing = Drawing::near(temperature[row], top);
+            for (int64_t block = 0; block < blocks; ++block)
+                sums[block] = draw_weights(line + block * DRAW_BLOCK, std::min(DRAW_BLOCK, width - block * DRAW_BLOCK), drawing, weight);
+            const double sum = total_weight(sums.data(), blocks);
             finite[row] = all_finite;
-            double sum = 0.0;
-            for (int64_t block = 0; block < blocks; ++block) {
-                const int64_t first = block * BLOCK;
-                sum += sums[block] = block_weights(line + first, std::min(BLOCK, width - first), top, inverse, weight);
-            }
-            int64_t chosen;
-            if (temperature[row] > 0.0f && all_finite) {
-                const double threshold = uniform[row] * sum;
-                double before = 0.0;
-                int64_t block = 0;
-                while (block < blocks - 1 && before + sums[block] <= threshold) before += sums[block++];
-                const int64_t first = block * BLOCK, count = std::min(BLOCK, width - first);
-                block_weights(line + first, count, top, inverse, weight);
-                int64_t place = 0;
-                while (place < count - 1 && (before += weight[place]) <= threshold) ++place;
-                chosen = first + place;
-            } else {
-                chosen = place_of(line, width, top);
-            }
-            token[row] = chosen;
-            logprob[row] = (line[chosen] - top) * inverse - static_cast<float>(std::log(sum));
+            token[row] = temperature[row] > 0.0f && all_finite
+                             ? token_at(sums.data(), width, uniform[row] * sum,
+                                        [&](int64_t first, int64_t count, float* to) { draw_weights(line + first, count, drawing, to); })
+                             : place_of(line, width, top);
+            logprob[row] = drawing.log_probability(line[token[row]], sum);
         }
     }
 }
