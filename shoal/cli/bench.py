@@ -15,6 +15,7 @@ WeightsOption = Annotated[str, typer.Option(help="f32, bf16, fp8, int8, int4, or
 GroupOption = Annotated[
     int | None, typer.Option(help="Columns that share a scale, of a preset in int4: 32 (the default), 64 or 128.")
 ]
+Fp8CacheOption = Annotated[bool, typer.Option("--fp8-cache", help="Cached latents in FP8 in the place of bf16.")]
 
 
 @bench_app.command("decode")
@@ -25,6 +26,7 @@ def bench_decode(
     group: GroupOption = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens each has in its cache.")] = 128,
+    fp8_cache: Fp8CacheOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Tokens per second of decoding, beside the measured limit of memory.
@@ -37,7 +39,8 @@ def bench_decode(
     from shoal.recipes.bench import bench_decode as measure
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, context + NEW_TOKENS, group), batch=batch, context=context)
+    loaded = load_packed(model, preset, weights, context + NEW_TOKENS, group)
+    result = measure(loaded, batch=batch, context=context, fp8_cache=fp8_cache)
     if json_output:
         print_json(published(result))
 
@@ -49,6 +52,7 @@ def bench_prefill(
     weights: WeightsOption = "auto",
     group: GroupOption = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
+    fp8_cache: Fp8CacheOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Tokens per second of reading a prompt, beside the measured limit of arithmetic.
@@ -61,7 +65,7 @@ def bench_prefill(
     from shoal.recipes.bench import load_packed, published
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, tokens, group), tokens=tokens)
+    result = measure(load_packed(model, preset, weights, tokens, group), tokens=tokens, fp8_cache=fp8_cache)
     if json_output:
         print_json(published(result))
 

@@ -22,6 +22,9 @@ def serve(
     cache_dir: Annotated[Path | None, typer.Option(help="Context cache on disk; default in the user's cache.")] = None,
     disk_cache: Annotated[bool, typer.Option(help="Keep the context cache on disk.")] = True,
     disk_gib: Annotated[float, typer.Option(help="Bound of the cache on disk, GiB.")] = 20.0,
+    fp8_cache: Annotated[
+        bool, typer.Option(help="Keep cached latents in FP8: 656 bytes for 1152 at V3's widths.")
+    ] = False,
     max_context: Annotated[int | None, typer.Option(help="Prompt and answer together, tokens.")] = None,
     max_running: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
     speculative: Annotated[
@@ -66,6 +69,7 @@ def serve(
     engine = EngineOptions(
         weights=weights,
         cache_bytes=int(cache_gib * GIB),
+        fp8_cache=fp8_cache,
         disk_dir=cache_dir,
         use_disk=disk_cache,
         disk_bytes=int(disk_gib * GIB),

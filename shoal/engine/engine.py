@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shoal.engine.packed_model import Draw
 from shoal.engine.request import Completion, FinishReason, Request, TokenEvent
-from shoal.engine.runner import Runner, TransformerRunner, runner_for
+from shoal.engine.runner import Runner, runner_for
 from shoal.engine.sampling import RowSampling, sample_seeds, sample_tokens
 from shoal.errors import RequestError
 from shoal.model.fp8_latent_cache import Fp8LatentCache
@@ -84,8 +84,7 @@ class Engine:
         max_context: prompt and completion together; default and upper bound is the model's own.
         max_rows: samples running at once; further ones wait.
         runner: who computes the logits; default the fastest that fits the module.
-        fp8_cache: keep latents in FP8 (a model with latent attention); the module itself then computes, since the packed
-            pass reads floats.
+        fp8_cache: keep latents in FP8 (a model with latent attention).
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Engine:
         fp8_cache: bool = False,
     ) -> None:
         self.model = model
-        self.runner = runner or (TransformerRunner(model) if fp8_cache else runner_for(model))
+        self.runner = runner or runner_for(model)
         self._fp8_cache = fp8_cache
         self.max_context = min(
             max_context or model.config.max_position_embeddings, model.config.max_position_embeddings

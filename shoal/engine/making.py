@@ -36,6 +36,8 @@ class EngineOptions:
     """Format in memory: f32, bf16, fp8, int8 or int4; auto is the format of a quantised directory, else bf16."""
     cache_bytes: int = GIB
     """RAM for latents."""
+    fp8_cache: bool = False
+    """Keep them in FP8, also on disk."""
     disk_dir: Path | None = None
     """Where latents outlive the process; None is the user's cache directory."""
     use_disk: bool = True
@@ -83,7 +85,7 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
     speculation = _speculation(packed, loaded.weights, has_drafter(model_config), options)
     identity = CacheIdentity(
         weights_digest=loaded.weights.digest,
-        dtype=f"{packed.format}, {kernels_digest()}",
+        dtype=f"{packed.format}, {'fp8 latents, ' * options.fp8_cache}{kernels_digest()}",
         layout_version=LAYOUT_VERSION,
         rope_digest=hashlib.blake2b(
             repr((model_config.rope_theta, model_config.rope_scaling)).encode(), digest_size=16
@@ -93,6 +95,7 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
     )
     config = ServingConfig(
         cache_bytes=options.cache_bytes,
+        fp8_cache=options.fp8_cache,
         max_context=options.max_context,
         max_running=options.max_running,
         step_tokens=options.step_tokens,

@@ -21,6 +21,7 @@ from shoal.kernels.huge_pages import WeightMemory
 from shoal.kernels.packed import INT8_GROUP, Codes, MatrixStruct, Packed, absent, pack, pack_gated, random_packed
 from shoal.model.mla import LATENT_NORM_EPS
 from shoal.model.rope import rotation_table
+from shoal.quant.latent import entry_bytes
 
 WeightSource = Callable[[str], Weight]
 """Gives the weight of a name of `Transformer.state_dict()`, floats or the codes of a quantised directory."""
@@ -92,9 +93,10 @@ class _BatchStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("token", "x", "position", "sequence", "table")),
         ("table_width", ctypes.c_int64),
         ("cache", ctypes.c_void_p),
-        ("cache_is_bf16", ctypes.c_int32),
+        ("reads_bf16", ctypes.c_int32),
+        ("cache_is_fp8", ctypes.c_int32),
         ("page_tokens", ctypes.c_int64),
-        ("layer_stride", ctypes.c_int64),
+        ("layer_bytes", ctypes.c_int64),
         ("output_row", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
@@ -132,6 +134,11 @@ def _plain(embedding_VD: Tensor) -> Tensor:
     embedding_VD = embedding_VD.detach()
     wanted = embedding_VD.dtype if embedding_VD.dtype in (torch.float32, torch.bfloat16) else torch.float32
     return embedding_VD.to(wanted).contiguous()
+
+
+def cache_width(config: ModelConfig, is_fp8: bool) -> int:
+    """Numbers of a cached entry, or bytes of one in FP8."""
+    return entry_bytes(config.kv_lora_rank, config.qk_rope_head_dim) if is_fp8 else config.cache_width
 
 
 def fits(config: ModelConfig) -> bool:
@@ -213,14 +220,17 @@ class PackedModel:
 
         Args:
             position_M, sequence_M: int32; a sequence's earlier positions must be in the cache or in this batch.
-            cache_LPTW: contiguous `[layers, pages, page tokens, latent + rotary]`, float32 or bfloat16.
+            cache_LPTW: contiguous `[layers, pages, page tokens, latent + rotary]`, float32 or bfloat16, or of bytes as
+                `quant/latent.py` has them.
             table_BX: int32 pages of each sequence; default: sequence b lies whole on page b.
             hidden_in: float32 `[M, D]` to start from in the place of embeddings; overwritten by what `hidden_out` would hold.
             hidden_out: float32 `[M, D]`, filled with the hidden states before the final norm.
             chosen_LMK: int32, filled with the routed experts of every layer (dense layers untouched).
             draw: fill this with a token for each output instead of making logits; none are returned.
         """
-        assert cache_LPTW.is_contiguous() and cache_LPTW.dtype in (torch.float32, torch.bfloat16)
+        is_fp8 = cache_LPTW.dtype == torch.uint8
+        assert cache_LPTW.is_contiguous() and cache_LPTW.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+        assert cache_LPTW.shape[3] == cache_width(self.config, is_fp8)
         num_pages, page_tokens = cache_LPTW.shape[1], cache_LPTW.shape[2]
         if table_BX is None:
             table_BX = torch.arange(num_pages, dtype=torch.int32).unsqueeze(1)
@@ -246,9 +256,10 @@ class PackedModel:
             table_BX.data_ptr(),
             table_BX.shape[1],
             cache_LPTW.data_ptr(),
-            int(cache_LPTW.dtype == torch.bfloat16),
+            int((self.float_dtype if is_fp8 else cache_LPTW.dtype) == torch.bfloat16),
+            int(is_fp8),
             page_tokens,
-            cache_LPTW.stride(0),
+            cache_LPTW.stride(0) * cache_LPTW.itemsize,
             output_row.data_ptr(),
             len(output_row),
             None if draw else logit.data_ptr(),
@@ -263,6 +274,11 @@ class PackedModel:
         if draw:
             draw.done = not failed
         return logit
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Of cached latents that are not in FP8, and of what attention reads."""
+        return torch.float32 if self.format == "f32" else torch.bfloat16
 
     def weight_data(self) -> Iterator[Tensor]:
         """The bytes of every packed matrix, for whoever measures how fast they can be read."""

@@ -23,7 +23,7 @@ from shoal.engine.batch import Batch
 from shoal.engine.context_cache import ContextCache
 from shoal.engine.disk_cache import DiskCache, DiskStats
 from shoal.engine.drawing import Sample, draw, take
-from shoal.engine.packed_model import PackedModel
+from shoal.engine.packed_model import PackedModel, cache_width
 from shoal.engine.pages import PagePool
 from shoal.engine.prefix_cache import UNIT_TOKENS, CacheIdentity, PrefixCache
 from shoal.engine.request import Request, TokenEvent
@@ -41,6 +41,8 @@ class ServingConfig:
 
     cache_bytes: int = 1 << 30
     """RAM of the latent pool."""
+    fp8_cache: bool = False
+    """Keep latents in FP8: 656 bytes a token and layer at V3's widths in the place of 1152."""
     max_context: int | None = None
     """Prompt and completion together; default and upper bound: the model's positions."""
     max_running: int = 64
@@ -93,7 +95,7 @@ class ServingEngine:
         self.speculation = speculation
         shape = model.config
         self.max_context = min(self.config.max_context or shape.max_position_embeddings, shape.max_position_embeddings)
-        pool_LPTW = _empty_pool(model, shape.num_hidden_layers + (speculation is not None), self.config.cache_bytes)
+        pool_LPTW = _empty_pool(model, shape.num_hidden_layers + (speculation is not None), self.config)
         # The prediction module's latents are the last layer.
         self._main_LPTW = pool_LPTW[: shape.num_hidden_layers]
         self._ahead_1PTW = pool_LPTW[shape.num_hidden_layers :]
@@ -342,12 +344,12 @@ class ServingEngine:
         return found
 
 
-def _empty_pool(model: PackedModel, num_layers: int, cache_bytes: int) -> Tensor:
-    """Pages for so many bytes, `[layers, pages, 64, latent + rotary]`, two at least."""
-    dtype = torch.float32 if model.format == "f32" else torch.bfloat16
-    page_bytes = num_layers * UNIT_TOKENS * model.config.cache_width * dtype.itemsize
-    num_pages = max(cache_bytes // page_bytes, 2)
-    return WeightMemory().empty((num_layers, num_pages, UNIT_TOKENS, model.config.cache_width), dtype)
+def _empty_pool(model: PackedModel, num_layers: int, config: ServingConfig) -> Tensor:
+    """Pages for so many bytes, `[layers, pages, 64, latent + rotary or bytes of an entry]`, two at least."""
+    dtype = torch.uint8 if config.fp8_cache else model.float_dtype
+    width = cache_width(model.config, config.fp8_cache)
+    num_pages = max(config.cache_bytes // (num_layers * UNIT_TOKENS * width * dtype.itemsize), 2)
+    return WeightMemory().empty((num_layers, num_pages, UNIT_TOKENS, width), dtype)
 
 
 def _sample(work: Work) -> Sample:

@@ -1,7 +1,7 @@
 """The plain cache with its entries in FP8: 656 bytes a token and layer at V3's widths, in the place of 1152.
 
-Entries are quantised when they are written and multiplied out when they are read, on any device; the packed CPU pass reads
-floats and cannot take this cache.
+Entries are quantised when they are written and multiplied out when they are read: here, on any device, or by the packed
+CPU pass itself (`kernels/cpu/fp8_entries.h`).
 """
 
 import torch

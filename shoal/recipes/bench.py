@@ -26,7 +26,7 @@ from shoal.config import ModelConfig
 from shoal.engine.codes import INT4_GROUP, quantised
 from shoal.engine.loading import find_model
 from shoal.engine.making import pack_stored
-from shoal.engine.packed_model import PackedModel
+from shoal.engine.packed_model import PackedModel, cache_width
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
 from shoal.kernels.huge_pages import WeightMemory
@@ -35,6 +35,7 @@ from shoal.log import say
 from shoal.planner.counts import cache_bytes_per_token, expert_parameters, parameter_counts, prefill_flops
 from shoal.planner.energy import EnergyMeter
 from shoal.presets import PRESETS, preset
+from shoal.quant.latent import pack_entries
 
 WEIGHTS = ("f32", "bf16", "fp8", "int8", "int4")
 BITS = {"f32": 32.0, "bf16": 16.0, "fp8": 8.0 + 32 / (16 * 128), "int8": 8.0, "int4": 4.0}
@@ -118,7 +119,9 @@ class RandomWeights:
         return torch.empty(shape, device="meta")
 
 
-def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) -> dict[str, Any]:
+def bench_decode(
+    bench: BenchModel, *, batch: int, context: int, fp8_cache: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """Tokens per second of `batch` sequences that each hold `context` tokens.
 
     Steps and measurements of the bandwidth take turns; speed and limit are those of the window with the median fraction.
@@ -126,7 +129,7 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
     if batch < 1 or context < 1:
         raise ConfigError(f"batch={batch} and context={context} must be at least 1.")
     packed = bench.packed
-    cache, table = _filled_cache(packed.config, batch, context + NEW_TOKENS)
+    cache, table = _filled_cache(packed.config, batch, context + NEW_TOKENS, fp8_cache)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(batch, dtype=torch.int32)
     touched = _touched_experts(packed, cache, table, rows, context, generator)
@@ -144,7 +147,7 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
         step()
     peak_bytes = peak_rss_bytes()
     windows = _windows(step, packed)
-    bytes_per_step = decode_bytes(packed, batch, context, touched)
+    bytes_per_step = decode_bytes(packed, batch, context, touched, fp8_cache)
     windows.sort(key=lambda window: bytes_per_step / window.step_s / window.bandwidth)
     middle = windows[len(windows) // 2]
     seconds, bandwidth = middle.step_s, middle.bandwidth
@@ -160,6 +163,7 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
         "weights": packed.format,
         "batch": batch,
         "context": context,
+        "fp8_cache": fp8_cache,
         "tokens_per_s": rate,
         "limit_tokens_per_s": limit,
         "limit_fraction": rate / limit,
@@ -176,12 +180,14 @@ def bench_decode(bench: BenchModel, *, batch: int, context: int, seed: int = 0) 
     }
 
 
-def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int = 0) -> dict[str, Any]:
+def bench_prefill(
+    bench: BenchModel, *, tokens: int, chunk: int = 512, fp8_cache: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """Prompt tokens per second, one sequence, in chunks."""
     if tokens < 1:
         raise ConfigError(f"tokens={tokens} must be at least 1.")
     packed = bench.packed
-    cache, table = _filled_cache(packed.config, 1, tokens)
+    cache, table = _filled_cache(packed.config, 1, tokens, fp8_cache)
     generator = torch.Generator().manual_seed(seed)
     token = torch.randint(0, packed.config.vocab_size, (tokens,), generator=generator)
     position, zero = torch.arange(tokens, dtype=torch.int32), torch.zeros(tokens, dtype=torch.int32)
@@ -208,6 +214,7 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
         "model": bench.source,
         "weights": packed.format,
         "tokens": tokens,
+        "fp8_cache": fp8_cache,
         "tokens_per_s": rate,
         "limit_tokens_per_s": limit,
         "limit_fraction": rate / limit,
@@ -223,14 +230,17 @@ def bench_prefill(bench: BenchModel, *, tokens: int, chunk: int = 512, seed: int
     }
 
 
-def decode_bytes(packed: PackedModel, batch: int, context: int, experts_per_layer: float) -> float:
+def decode_bytes(
+    packed: PackedModel, batch: int, context: int, experts_per_layer: float, fp8_cache: bool = False
+) -> float:
     """Bytes that one step must read: weights of the experts it reaches, everything else once, and the cache."""
     config = packed.config
     counts = parameter_counts(config)
     moe_layers = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
     always = counts.active - moe_layers * config.num_experts_per_tok * expert_parameters(config)
     reached = moe_layers * experts_per_layer * expert_parameters(config)
-    cache = batch * context * cache_bytes_per_token(config)
+    fp8_bytes = config.num_hidden_layers * cache_width(config, True)
+    cache = batch * context * (fp8_bytes if fp8_cache else cache_bytes_per_token(config))
     bits = BITS[packed.format] + (16 / (packed.group or INT4_GROUP) if packed.format == "int4" else 0)
     return (always + reached) * bits / 8 + cache
 
@@ -261,11 +271,14 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _filled_cache(config: ModelConfig, batch: int, positions: int) -> tuple[Tensor, Tensor]:
+def _filled_cache(config: ModelConfig, batch: int, positions: int, fp8: bool = False) -> tuple[Tensor, Tensor]:
     """Pages full of plausible latents, scattered as a served cache is."""
     per_sequence = -(-positions // PAGE_TOKENS)
-    shape = (config.num_hidden_layers, batch * per_sequence, PAGE_TOKENS, config.cache_width)
-    cache = WeightMemory().empty(shape, torch.bfloat16).normal_()
+    shape = (config.num_hidden_layers, batch * per_sequence, PAGE_TOKENS, cache_width(config, fp8))
+    cache = WeightMemory().empty(shape, torch.uint8 if fp8 else torch.bfloat16)
+    for page in cache.flatten(0, 1):
+        plain = torch.randn(PAGE_TOKENS, config.cache_width)
+        page.copy_(pack_entries(plain, config.kv_lora_rank) if fp8 else plain)
     order = torch.randperm(batch * per_sequence, generator=torch.Generator().manual_seed(0))
     return cache, order.to(torch.int32).view(batch, per_sequence)
 

@@ -51,6 +51,7 @@ HEADERS = (
     "latent_attention.h",
     "model.h",
     "drawing.h",
+    "fp8_entries.h",
     "routing.h",
     "team.h",
 )

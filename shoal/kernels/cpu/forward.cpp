@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "drawing.h"
+#include "fp8_entries.h"
 #include "latent_attention.h"
 #include "panel_products.h"
 #include "routing.h"
@@ -29,6 +30,7 @@ constexpr int64_t PHASES_PER_LAYER = 20, LAST_PHASES = 6;
 struct ThreadScratch {
     std::vector<float> row, scores;
     std::vector<uint8_t> panel;  // queries of one token and up to 16 heads
+    std::vector<uint8_t> entries;  // a chunk of the context, where the cache is in FP8
     ChunkScratch<float> single;
     ChunkScratch<bf16> low;
     ChunkScratch<float>& chunk(float) { return single; }
@@ -92,7 +94,11 @@ class Forward {
         team.prepare(threads, m.num_layers * PHASES_PER_LAYER + LAST_PHASES);
         while (static_cast<int64_t>(scratch.size()) < threads) scratch.emplace_back(new ThreadScratch);
         const int64_t widest = std::max({m.hidden, m.entry_width(), m.query_latent, m.heads * m.value});
-        for (auto& mine : scratch) grow(mine->row, widest), grow(mine->panel, m.entry_width() * LANES * static_cast<int64_t>(sizeof(T)));
+        const int64_t number = sizeof(T);
+        for (auto& mine : scratch) {
+            grow(mine->row, widest), grow(mine->panel, m.entry_width() * LANES * number);
+            if (b.cache_is_fp8) grow(mine->entries, m.entry_width() * CHUNK * number);
+        }
         // Few tokens: chunks of the context are shared out and merged later. Many: each task keeps its own running result.
         split = tokens * m.head_blocks() < 2 * threads;
         const int64_t partials = split ? tokens * m.head_blocks() * max_chunks : 2 * threads;
@@ -166,7 +172,7 @@ class Forward {
     void attention(Member& member, const Batch& b, const Layer& layer, int64_t index) {
         const int64_t tokens = b.tokens, down_rows = layer.down_projections.rows, thread = member.index();
         const bool compressed = layer.query_up.format != ABSENT;
-        T* entries = static_cast<T*>(b.cache) + index * b.layer_stride;
+        uint8_t* entries = static_cast<uint8_t*>(b.cache) + index * b.layer_bytes;
         T* queries = reinterpret_cast<T*>(lifted.data());
         const Inputs hidden = normed.of(layer.down_projections), latent = query_latent.of(layer.query_up), mixed = attended.of(layer.output);
         member.each(tokens, [&](int64_t t) {
@@ -177,7 +183,7 @@ class Forward {
                 [&](int64_t t, int64_t p, Lanes v) { put_panel(down.data() + t * down_rows, down_rows, p, v); });
         member.each(tokens, [&](int64_t t) {
             const float* row = down.data() + t * down_rows;
-            write_entry(b, layer, entries, thread, t, row + (compressed ? m.query_latent : m.query_width()));
+            write_entry<T>(b, layer, entries, thread, t, row + (compressed ? m.query_latent : m.query_width()));
             if (compressed) norm_into(thread, row, layer.query_norm, m.query_latent, m.latent_norm_eps, latent, t);
             else prepare_query(b, layer, queries, thread, t, row);
         });
@@ -193,16 +199,22 @@ class Forward {
         product(member, layer.output, mixed, tokens, [&](int64_t t, int64_t p, Lanes v) { add_panel(b.x + t * m.hidden, m.hidden, p, v); });
     }
 
+    template <typename T>
+    int64_t entry_bytes(const Batch& b) const {
+        return b.cache_is_fp8 ? fp8_entry_bytes(m.latent, m.rotary) : m.entry_width() * static_cast<int64_t>(sizeof(T));
+    }
+
     // The cache entry of token t: normed latent, rotated shared key.
     template <typename T>
-    void write_entry(const Batch& b, const Layer& layer, T* entries, int64_t thread, int64_t t, const float* from) {
+    void write_entry(const Batch& b, const Layer& layer, uint8_t* entries, int64_t thread, int64_t t, const float* from) {
         float* row = scratch[thread]->row.data();
-        const int64_t position = b.position[t], width = m.entry_width();
+        const int64_t position = b.position[t];
         norm_row(from, layer.latent_norm, row, m.latent, m.latent_norm_eps);
         rotate(from + m.latent, m.rotations + position * m.rotary, m.rotary, 1.0f, row + m.latent);
         const int64_t page = b.table[b.sequence[t] * b.table_width + position / b.page_tokens];
-        T* to = entries + (page * b.page_tokens + position % b.page_tokens) * width;
-        for (int64_t i = 0; i < width; ++i) store(to, i, row[i]);
+        uint8_t* to = entries + (page * b.page_tokens + position % b.page_tokens) * entry_bytes<T>(b);
+        if (b.cache_is_fp8) return pack_entry(row, m.latent, m.rotary, to);
+        for (int64_t i = 0; i < m.entry_width(); ++i) store(reinterpret_cast<T*>(to), i, row[i]);
     }
 
     // Rotary part of the queries into place; plain part as inputs of the key up-projection.
@@ -241,7 +253,7 @@ class Forward {
     }
 
     template <typename T>
-    void attend(Member& member, const Batch& b, const Layer& layer, const T* entries, const T* queries) {
+    void attend(Member& member, const Batch& b, const Layer& layer, const uint8_t* entries, const T* queries) {
         const int64_t blocks = m.head_blocks(), tasks = b.tokens * blocks, width = m.entry_width(), thread = member.index();
         const Inputs mixed = mixed_latent.of(layer.value_up);
         auto heads_of = [&](int64_t task) { return std::min(LANES, m.heads - task % blocks * LANES); };
@@ -251,8 +263,18 @@ class Forward {
             if (packed_task != task) pack_queries(queries + (task / blocks * m.heads + task % blocks * LANES) * width, heads_of(task), width, panel);
             packed_task = task;
             const int64_t t = task / blocks, seen = b.position[t] + 1;
-            const PagedEntries<T> cache{entries, b.table + b.sequence[t] * b.table_width, b.page_tokens, b.page_tokens * width, width};
-            attend_chunk<T>(cache, panel, start, seen, m.latent, heads_of(task), scratch[thread]->chunk(T{}), out);
+            const int32_t* table = b.table + b.sequence[t] * b.table_width;
+            ChunkScratch<T>& work = scratch[thread]->chunk(T{});
+            if (b.cache_is_fp8) {
+                const PagedEntries<uint8_t> packed{entries, table, b.page_tokens, b.page_tokens * entry_bytes<T>(b), entry_bytes<T>(b)};
+                const int64_t count = std::min(CHUNK, seen - start);
+                T* plain = reinterpret_cast<T*>(scratch[thread]->entries.data());
+                for (int64_t i = 0; i < count; ++i) unpack_entry(packed.at(start + i), m.latent, m.rotary, plain + i * width);
+                const int32_t only = 0;
+                return attend_chunk<T>({plain, &only, CHUNK, 0, width}, panel, 0, count, m.latent, heads_of(task), work, out);
+            }
+            const PagedEntries<T> cache{reinterpret_cast<const T*>(entries), table, b.page_tokens, b.page_tokens * width, width};
+            attend_chunk<T>(cache, panel, start, seen, m.latent, heads_of(task), work, out);
         };
         // Head h of a finished task, as input of the value up-projection.
         auto finish = [&](int64_t task, const Partial& total, int64_t h) {
@@ -445,7 +467,7 @@ int32_t forward_run(void* forward, const shoal::Batch* batch) {
     try {
         auto& f = *static_cast<shoal::Forward*>(forward);
         if (!f.knows_tokens(*batch)) return 2;
-        if (batch->cache_is_bf16)
+        if (batch->reads_bf16)
             f.run<shoal::bf16>(*batch);
         else
             f.run<float>(*batch);

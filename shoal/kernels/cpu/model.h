@@ -51,9 +51,10 @@ struct Batch {
     const int32_t* sequence;   // row of `table`
     const int32_t* table;      // pages of each sequence
     int64_t table_width;
-    void* cache;               // [layers][pages][page_tokens][latent + rotary]
-    int32_t cache_is_bf16;
-    int64_t page_tokens, layer_stride;
+    void* cache;               // [layers][pages][page_tokens][latent + rotary], or of entries in FP8 (fp8_entries.h)
+    int32_t reads_bf16;        // attention reads entries as bfloat16, not float32; if they are not in FP8, they are that
+    int32_t cache_is_fp8;
+    int64_t page_tokens, layer_bytes;
     const int32_t* output_row; // tokens whose logits are wanted
     int64_t outputs;
     float* logits;             // [outputs, vocabulary], or null: draw instead
