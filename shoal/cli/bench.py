@@ -53,6 +53,9 @@ def bench_prefill(
     group: GroupOption = None,
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     fp8_cache: Fp8CacheOption = False,
+    fast_prefill: Annotated[
+        bool, typer.Option("--fast-prefill", help="With keys and values expanded, as 'shoal serve --fast-prefill'.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Tokens per second of reading a prompt, beside the measured limit of arithmetic.
@@ -65,7 +68,8 @@ def bench_prefill(
     from shoal.recipes.bench import load_packed, published
 
     pool_arrays()
-    result = measure(load_packed(model, preset, weights, tokens, group), tokens=tokens, fp8_cache=fp8_cache)
+    loaded = load_packed(model, preset, weights, tokens, group, fast_prefill)
+    result = measure(loaded, tokens=tokens, fp8_cache=fp8_cache)
     if json_output:
         print_json(published(result))
 

@@ -25,6 +25,10 @@ def serve(
     fp8_cache: Annotated[
         bool, typer.Option(help="Keep cached latents in FP8: 656 bytes for 1152 at V3's widths.")
     ] = False,
+    fast_prefill: Annotated[
+        bool,
+        typer.Option(help="Read long prompts faster; last bits of answers then depend on how a prompt was cut."),
+    ] = False,
     max_context: Annotated[int | None, typer.Option(help="Prompt and answer together, tokens.")] = None,
     max_running: Annotated[int, typer.Option(help="Sequences computed at once.")] = 64,
     speculative: Annotated[
@@ -70,6 +74,7 @@ def serve(
         weights=weights,
         cache_bytes=int(cache_gib * GIB),
         fp8_cache=fp8_cache,
+        fast_prefill=fast_prefill,
         disk_dir=cache_dir,
         use_disk=disk_cache,
         disk_bytes=int(disk_gib * GIB),

@@ -46,6 +46,8 @@ class EngineOptions:
     max_context: int | None = None
     max_running: int = 64
     step_tokens: int = 512
+    fast_prefill: bool = False
+    """Read long prompts with expanded keys and values (`PackedModel`)."""
     speculative: bool | None = None
     """Guess tokens with the model's own prediction module: where it gains (None: where the model has one), or never."""
     speculative_tokens: int = 1
@@ -81,11 +83,18 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
             "the packed CPU pass does not fit this model or machine (see shoal doctor): simple engine, no context cache"
         )
         return MadeEngine(engine=Engine(loaded.model, max_context=options.max_context), disk=None)
-    packed = pack_stored(loaded.weights, options.weights)
+    packed = pack_stored(loaded.weights, options.weights, fast_prefill=options.fast_prefill)
     speculation = _speculation(packed, loaded.weights, has_drafter(model_config), options)
     identity = CacheIdentity(
         weights_digest=loaded.weights.digest,
-        dtype=f"{packed.format}, {'fp8 latents, ' * options.fp8_cache}{kernels_digest()}",
+        dtype=", ".join(
+            [
+                packed.format,
+                *["fp8 latents"] * options.fp8_cache,
+                *["fast prefill"] * packed.fast_prefill,
+                kernels_digest(),
+            ]
+        ),
         layout_version=LAYOUT_VERSION,
         rope_digest=hashlib.blake2b(
             repr((model_config.rope_theta, model_config.rope_scaling)).encode(), digest_size=16
@@ -133,24 +142,24 @@ def simple_engine(loaded: LoadedModel) -> Engine:
     return Engine(shape_only, runner=PackedRunner(shape_only, pack_stored(loaded.weights)))
 
 
-def pack_stored(weights: StoredWeights, format_name: str = "auto", *, max_positions: int | None = None) -> PackedModel:
+def pack_stored(
+    weights: StoredWeights, format_name: str = "auto", *, max_positions: int | None = None, fast_prefill: bool = False
+) -> PackedModel:
     """Pack a directory, one parameter in memory at a time.
 
     Args:
         format_name: "auto" keeps a quantised directory's own formats, of the head too; plain floats become bf16.
     """
-    if format_name not in ("auto", weights.format):
-        return PackedModel(weights.config, weights, format_name, max_positions=max_positions)
-    if weights.format is None:
-        return PackedModel(weights.config, weights, "bf16", max_positions=max_positions)
+    own = format_name in ("auto", weights.format) and weights.format is not None
     return PackedModel(
         weights.config,
         weights,
-        weights.format,
-        group=weights.group,
-        head_format=weights.head_format,
-        latent_format=_latent_format(weights.config, weights.format),
+        str(weights.format) if own else "bf16" if format_name == "auto" else format_name,
+        group=weights.group if own else None,
+        head_format=weights.head_format if own else None,
+        latent_format=_latent_format(weights.config, str(weights.format)) if own else None,
         max_positions=max_positions,
+        fast_prefill=fast_prefill,
     )
 
 

@@ -49,6 +49,7 @@ class _LayerStruct(ctypes.Structure):
                 "expert_down",
                 "shared_gate_up",
                 "shared_down",
+                "key_expand",
             )
         ),
     ]
@@ -160,6 +161,8 @@ class PackedModel:
         format_name: of all matrices but the router, which stays float32: a flipped expert is a large error.
         head_format: of the output head; default `format_name`.
         latent_format: of the absorbed key and value up-projections; default `format_name`.
+        fast_prefill: read long pieces of prompts with keys and values expanded from the latents, which takes a third of the
+            arithmetic of attention. The last bits of an answer then depend on how its prompt was cut. Not for f32.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class PackedModel:
         group: int | None = None,
         head_format: str | None = None,
         latent_format: str | None = None,
+        fast_prefill: bool = False,
         max_positions: int | None = None,
     ) -> None:
         if not fits(config):
@@ -179,6 +183,8 @@ class PackedModel:
             )
         self.config, self.format, self.group = config, format_name, group
         self._latent_format = latent_format or format_name
+        whole = not any(size % LANES for size in (config.qk_nope_head_dim, config.v_head_dim))
+        self.fast_prefill = fast_prefill and whole and format_name != "f32"
         self._kept: list[Any] = []
         """Everything the C structures point to."""
         self._memory = WeightMemory()
@@ -304,18 +310,19 @@ class PackedModel:
             down_projections=self._matrix(both_FD),
             query_up=self._matrix(source(attention + "q_b_proj.weight")) if compressed else absent(),
         )
-        layer.key_up, layer.value_up = self._heads(floats(source(attention + "kv_b_proj.weight")))
+        layer.key_up, layer.value_up, layer.key_expand = self._heads(floats(source(attention + "kv_b_proj.weight")))
         layer.output = self._matrix(source(attention + "o_proj.weight"))
         self._feed_forward(layer, source, index)
         return layer
 
-    def _heads(self, up_XC: Tensor) -> tuple[MatrixStruct, MatrixStruct]:
-        """Key up-projection transposed per head `[H, C, N]` and value up-projection `[H, U, C]`."""
+    def _heads(self, up_XC: Tensor) -> tuple[MatrixStruct, MatrixStruct, MatrixStruct]:
+        """Key up-projection transposed per head `[H, C, N]`, value up-projection `[H, U, C]`, and the former not transposed."""
         config = self.config
         up_HXC = up_XC.view(config.num_attention_heads, -1, config.kv_lora_rank)
         key_HNC, value_HUC = up_HXC.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         key_up = self._matrix(key_HNC.transpose(1, 2), self._latent_format)
-        return key_up, self._matrix(value_HUC, self._latent_format)
+        expand = self._matrix(key_HNC, self._latent_format) if self.fast_prefill else absent()
+        return key_up, self._matrix(value_HUC, self._latent_format), expand
 
     def _feed_forward(self, layer: _LayerStruct, source: WeightSource, index: int) -> None:
         config, name = self.config, f"layers.{index}.mlp."

@@ -60,7 +60,12 @@ class BenchModel:
 
 
 def load_packed(
-    model: str | None, preset_name: str | None, weights: str, max_positions: int, group: int | None = None
+    model: str | None,
+    preset_name: str | None,
+    weights: str,
+    max_positions: int,
+    group: int | None = None,
+    fast_prefill: bool = False,
 ) -> BenchModel:
     """Pack a model directory or a preset with random weights.
 
@@ -80,9 +85,13 @@ def load_packed(
     if preset_name is not None:
         config = preset(preset_name).replace(num_nextn_predict_layers=0)
         format_name = "bf16" if weights == "auto" else weights
-        packed = PackedModel(config, RandomWeights(config), format_name, group=group, max_positions=max_positions)
+        source = RandomWeights(config)
+        packed = PackedModel(
+            config, source, format_name, group=group, max_positions=max_positions, fast_prefill=fast_prefill
+        )
     else:
-        packed = pack_stored(StoredWeights(find_model(Path(str(model)))), weights, max_positions=max_positions)
+        stored = StoredWeights(find_model(Path(str(model))))
+        packed = pack_stored(stored, weights, max_positions=max_positions, fast_prefill=fast_prefill)
     return BenchModel(packed=packed, load_s=time.perf_counter() - started_s, source=preset_name or str(model))
 
 
@@ -215,6 +224,7 @@ def bench_prefill(
         "weights": packed.format,
         "tokens": tokens,
         "fp8_cache": fp8_cache,
+        "fast_prefill": packed.fast_prefill,
         "tokens_per_s": rate,
         "limit_tokens_per_s": limit,
         "limit_fraction": rate / limit,

@@ -44,6 +44,7 @@ HEADERS = (
     "simd.h",
     "norms.h",
     "products.h",
+    "wide_attention.h",
     "cross_entropy.h",
     "packed.h",
     "tiles.h",

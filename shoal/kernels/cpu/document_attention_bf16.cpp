@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "products.h"
+#include "wide_attention.h"
 
 namespace {
 
@@ -29,103 +29,6 @@ struct Shape {
     int64_t out_base(int64_t b, int64_t h) const { return b * length * out_step() + h * v_width; }
 };
 
-// Positions [begin, end) in whole panels, and inside them what each of eight queries sees.
-struct Window {
-    int64_t begin, end, from[TILE_ROWS], to[TILE_ROWS];
-    Window(const int64_t* first, int64_t i, int64_t valid) {
-        int64_t lowest = first[i];
-        for (int64_t q = 0; q < TILE_ROWS; ++q) {
-            from[q] = q < valid ? first[i + q] : 0;
-            to[q] = q < valid ? i + q + 1 : 0;
-            if (q < valid) lowest = std::min(lowest, from[q]);
-        }
-        begin = lowest / LANES * LANES;
-        end = padded(i + valid);
-    }
-    int64_t panels() const { return (end - begin) / LANES; }
-};
-
-// Keys or values of one head, as the inner loops want them.
-struct Side {
-    int64_t width, positions;
-    Buffer<bf16> rows, panels, columns;
-    Side(int64_t width, int64_t positions)
-        : width(width), positions(positions), rows(positions * row_stride(width)), panels(positions * width), columns(positions * width) {}
-
-    int64_t column_step() const { return positions * LANES; }
-
-    void read(const float* from, int64_t step, int64_t length) {
-        const int64_t stride = row_stride(width);
-        for (int64_t t = 0; t < length; ++t) put_row(rows.get() + t * stride, from + t * step, width);
-        for (int64_t t = length; t < positions; ++t) std::memset(rows.get() + t * stride, 0, width * sizeof(bf16));
-    }
-
-    // [positions / 16][width / 2][16][2]: what rows are multiplied with. Pairs beyond the width are read and dropped.
-    void make_panels() {
-        const int64_t stride = row_stride(width), pairs = width / 2;
-        for (int64_t t = 0; t < positions; t += LANES)
-            for (int64_t k = 0; k < pairs; k += LANES) {
-                IntLanes row[LANES];
-                for (int64_t i = 0; i < LANES; ++i) row[i] = int_lanes(rows.get() + (t + i) * stride + 2 * k);
-                transpose(row);
-                bf16* to = panels.get() + t * width + k * PAIR;
-                for (int64_t i = 0; i < std::min(LANES, pairs - k); ++i) std::memcpy(to + i * PAIR, &row[i], sizeof row[i]);
-            }
-    }
-
-    // [width / 16][positions / 2][16][2]: what weights over positions are multiplied with.
-    void make_columns() { block_to_columns(rows.get(), row_stride(width), width, positions, columns.get(), column_step()); }
-};
-
-// use(panel, sums of 8 rows and P panels): rows times `count` panels that lie `step` apart.
-template <typename Use>
-inline void rows_times_panels(const bf16* row, int64_t row_step, const bf16* panels, int64_t step, int64_t pairs, int64_t count, Use&& use) {
-    auto some = [&](int64_t p, auto size) {
-        constexpr int N = decltype(size)::value;
-        Lanes acc[TILE_ROWS][N] = {};
-        tile<TILE_ROWS, N>(row, row_step, 2, panels + p * step, step, pairs, acc);
-        for (int64_t q = 0; q < TILE_ROWS; ++q)
-            for (int64_t j = 0; j < N; ++j) use(q, p + j, acc[q][j]);
-    };
-    int64_t p = 0;
-    for (; count - p > 4 || count - p == 3; p += 3) some(p, std::integral_constant<int, 3>{});
-    for (; count - p >= 2; p += 2) some(p, std::integral_constant<int, 2>{});
-    if (p < count) some(p, std::integral_constant<int, 1>{});
-}
-
-// Products of eight rows with the positions of a window: line[q * pitch + t - begin].
-inline void scores(const bf16* row, const Side& side, const Window& w, float* line, int64_t pitch) {
-    rows_times_panels(row, row_stride(side.width), side.panels.get() + w.begin * side.width, side.width * LANES, side.width / 2, w.panels(),
-                      [&](int64_t q, int64_t p, Lanes sum) { put(line + q * pitch + p * LANES, sum); });
-}
-
-// Sums over the positions of a window, weighted: rows of `out`, times one factor each.
-inline void weighted_sum(const bf16* weight, int64_t pitch, const Side& side, const Window& w, const float* factor, int64_t valid, float* out,
-                         int64_t step) {
-    rows_times_panels(weight, pitch, side.columns.get() + w.begin * LANES, side.column_step(), (w.end - w.begin) / 2, side.width / LANES,
-                      [&](int64_t q, int64_t p, Lanes sum) {
-                          if (q < valid) put(out + q * step + p * LANES, sum * factor[q]);
-                      });
-}
-
-// exp(score * scale - top * scale) of what query q sees, as bfloat16 (zero for the rest of the window); `top` and the sum.
-inline float weigh(float* line, const Window& w, int64_t q, float scale, bf16* weight, float* top) {
-    const int64_t from = w.from[q] - w.begin, to = w.to[q] - w.begin, end = w.end - w.begin;
-    std::fill(line, line + from, -INFINITY);
-    std::fill(line + to, line + end, -INFINITY);
-    Lanes tops = lanes(line);
-    for (int64_t t = LANES; t < end; t += LANES) tops = max_lanes(tops, lanes(line + t));
-    *top = tops[0];
-    for (int64_t i = 1; i < LANES; ++i) *top = std::max(*top, tops[i]);
-    Lanes sums = {};
-    for (int64_t t = 0; t < end; t += LANES) {
-        const Lanes e = exp_lanes((lanes(line + t) - *top) * scale);
-        put(weight + t, e);
-        sums += e;
-    }
-    return sum_of(sums);
-}
-
 struct Forward {
     const float *query, *key, *value;
     const int64_t* first;
@@ -134,13 +37,13 @@ struct Forward {
 
     void head(int64_t b, int64_t h, Side& k, Side& v, bf16* queries, float* line, bf16* weight) const {
         const int64_t pitch = n.positions();
-        k.read(key + n.qk_base(b, h), n.qk_step(), n.length), k.make_panels();
-        v.read(value + n.value_base(b, h), n.v_stride(), n.length), v.make_columns();
+        k.read(key + n.qk_base(b, h), n.qk_step(), n.length), k.make_panels(pitch);
+        v.read(value + n.value_base(b, h), n.v_stride(), n.length), v.make_columns(pitch);
         for (int64_t i = 0; i < n.length; i += TILE_ROWS) {
             const int64_t valid = std::min(TILE_ROWS, n.length - i);
             const Window w(first + b * n.length, i, valid);
             for (int64_t q = 0; q < valid; ++q) put_row(queries + q * row_stride(n.qk_width), query + n.qk_base(b, h) + (i + q) * n.qk_step(), n.qk_width);
-            scores(queries, k, w, line, pitch);
+            scores(queries, row_stride(n.qk_width), k, w, line, pitch);
             float norm[TILE_ROWS] = {};
             for (int64_t q = 0; q < valid; ++q) {
                 float top;
@@ -200,8 +103,8 @@ struct Backward {
     void tile_of_queries(int64_t b, int64_t h, int64_t i, int64_t at, Scratch& s) const {
         const int64_t pitch = n.positions(), valid = std::min(TILE_ROWS, n.length - i);
         const Window w(first + b * n.length, i, valid);
-        scores(s.query.get() + at * row_stride(n.qk_width), s.key, w, s.line.data(), pitch);
-        scores(s.grad.get() + at * row_stride(n.v_width), s.value, w, s.grad_line.data(), pitch);
+        scores(s.query.get() + at * row_stride(n.qk_width), row_stride(n.qk_width), s.key, w, s.line.data(), pitch);
+        scores(s.grad.get() + at * row_stride(n.v_width), row_stride(n.v_width), s.value, w, s.grad_line.data(), pitch);
         for (int64_t q = 0; q < valid; ++q) {
             const float delta = s.delta[at + q], offset = log_sum[(b * n.heads + h) * n.length + i + q];
             float *line = s.line.data() + q * pitch, *grad_line = s.grad_line.data() + q * pitch;
@@ -251,8 +154,8 @@ struct Backward {
     }
 
     void head(int64_t b, int64_t h, Scratch& s) const {
-        s.key.read(key + n.qk_base(b, h), n.qk_step(), n.length), s.key.make_panels(), s.key.make_columns();
-        s.value.read(value + n.value_base(b, h), n.v_stride(), n.length), s.value.make_panels();
+        s.key.read(key + n.qk_base(b, h), n.qk_step(), n.length), s.key.make_panels(n.positions()), s.key.make_columns(n.positions());
+        s.value.read(value + n.value_base(b, h), n.v_stride(), n.length), s.value.make_panels(n.positions());
         std::fill(s.grad_key.begin(), s.grad_key.end(), 0.0f);
         std::fill(s.grad_value.begin(), s.grad_value.end(), 0.0f);
         for (int64_t start = 0; start < n.length; start += GROUP) group(b, h, start, s);

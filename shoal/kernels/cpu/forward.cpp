@@ -18,6 +18,7 @@
 #include "panel_products.h"
 #include "routing.h"
 #include "team.h"
+#include "wide_attention.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -25,7 +26,7 @@
 
 namespace shoal {
 
-constexpr int64_t PHASES_PER_LAYER = 20, LAST_PHASES = 6;
+constexpr int64_t PHASES_PER_LAYER = 22, LAST_PHASES = 6;
 
 struct ThreadScratch {
     std::vector<float> row, scores;
@@ -33,8 +34,17 @@ struct ThreadScratch {
     std::vector<uint8_t> entries;  // a chunk of the context, where the cache is in FP8
     ChunkScratch<float> single;
     ChunkScratch<bf16> low;
+    std::unique_ptr<Side> key, value;  // of one head, where a prompt is read fast
+    std::vector<bf16> weight;
+    std::vector<float> line;
     ChunkScratch<float>& chunk(float) { return single; }
     ChunkScratch<bf16>& chunk(bf16) { return low; }
+};
+
+// Tokens of one sequence that follow each other and are read with expanded keys and values; their context is rows [base, base +
+// end) of what all such runs see.
+struct WideRun {
+    int64_t first, count, end, base;
 };
 
 class Forward {
@@ -77,6 +87,12 @@ class Forward {
     std::vector<float> down, query, values, gate, shared_gate, final, partial, partial_stats;
     std::vector<uint8_t> lifted;  // [tokens][heads][latent + rotary] queries in the space of cache entries
     std::vector<int32_t> all_rows, head_rows;
+    std::vector<int32_t> narrow;  // tokens that attend to latents, which are all but those of wide runs
+    std::vector<WideRun> runs;
+    std::vector<uint8_t> is_wide;
+    std::vector<int32_t> context_rows;
+    std::vector<bf16> wide_query, context_key;  // [tokens][heads][plain + rotary]; [context][rotary]
+    InputBuffer context_latent;
     Routes routes;
     std::vector<Drawing> drawings;
     std::vector<float> weight_sums;  // [outputs][blocks of the vocabulary]
@@ -100,8 +116,10 @@ class Forward {
             if (b.cache_is_fp8) grow(mine->entries, m.entry_width() * CHUNK * number);
         }
         // Few tokens: chunks of the context are shared out and merged later. Many: each task keeps its own running result.
-        split = tokens * m.head_blocks() < 2 * threads;
-        const int64_t partials = split ? tokens * m.head_blocks() * max_chunks : 2 * threads;
+        choose_wide<T>(b);
+        const int64_t attending = static_cast<int64_t>(narrow.size()) * m.head_blocks();
+        split = attending < 2 * threads;
+        const int64_t partials = split ? attending * max_chunks : 2 * threads;
         grow(partial, partials * LANES * m.latent);
         grow(partial_stats, partials * 2 * LANES);
         grow(lifted, tokens * m.heads * m.entry_width() * static_cast<int64_t>(sizeof(T)));
@@ -109,9 +127,9 @@ class Forward {
         grow(values, tokens * m.heads * m.value);
         grow(all_rows, tokens);
         for (int64_t t = 0; t < tokens; ++t) all_rows[t] = static_cast<int32_t>(t);
-        grow(head_rows, tokens * m.heads);
+        head_rows.clear();
         for (int64_t h = 0; h < m.heads; ++h)
-            for (int64_t t = 0; t < tokens; ++t) head_rows[h * tokens + t] = static_cast<int32_t>(t * m.heads + h);
+            for (const int32_t t : narrow) head_rows.push_back(static_cast<int32_t>(t * m.heads + h));
         grow(final, std::max(b.outputs, tokens) * m.hidden);
         head_input.reserve(b.outputs, m.head);
         if (!b.logits) {
@@ -121,6 +139,43 @@ class Forward {
             drew = true;
         }
         for (int64_t i = 0; i < m.num_layers; ++i) prepare(b, m.layers[i]);
+    }
+
+    // Absorbed attention is dear for a long prompt: a head's product with an entry takes latent numbers, and two of them, where
+    // keys and values of its own take a few. Making those costs as much as lifting queries does, once per position of the context.
+    template <typename T>
+    void choose_wide(const Batch& b) {
+        narrow.clear(), runs.clear();
+        is_wide.assign(b.tokens, 0);
+        int64_t context = 0;
+        for (int64_t first = 0, last; first < b.tokens; first = last) {
+            for (last = first + 1; last < b.tokens && b.sequence[last] == b.sequence[first] && b.position[last] == b.position[last - 1] + 1;) ++last;
+            const int64_t count = last - first, end = b.position[last - 1] + 1;
+            if (sizeof(T) == 2 && expanding_pays(count, end)) {
+                runs.push_back({first, count, end, context});
+                context += end;
+                std::fill(is_wide.begin() + first, is_wide.begin() + last, 1);
+            } else {
+                for (int64_t t = first; t < last; ++t) narrow.push_back(static_cast<int32_t>(t));
+            }
+        }
+        if (runs.empty()) return;
+        const int64_t width = m.plain + m.rotary;
+        grow(wide_query, (b.tokens + TILE_ROWS) * m.heads * width), grow(context_key, context * m.rotary);
+        for (int64_t i = static_cast<int64_t>(context_rows.size()); i < context; ++i) context_rows.push_back(static_cast<int32_t>(i));
+        for (int64_t i = 0; i < m.num_layers; ++i) context_latent.reserve(context, m.layers[i].value_up);
+        int64_t longest = 0;
+        for (const WideRun& run : runs) longest = std::max(longest, padded(run.end));
+        for (auto& mine : scratch) {
+            if (!mine->key || mine->key->positions < longest) mine->key.reset(new Side(width, longest)), mine->value.reset(new Side(m.value, longest));
+            grow(mine->line, TILE_ROWS * longest), grow(mine->weight, TILE_ROWS * row_stride(longest));
+        }
+    }
+
+    bool expanding_pays(int64_t count, int64_t end) const {
+        if (m.layers[0].key_expand.format == ABSENT || count < LANES || tiles_allowed()) return false;
+        const int64_t seen = count * (2 * end - count + 1) / 2, expanded = m.plain + m.value;
+        return seen * (expanded + m.rotary) + end * m.latent * expanded < seen * (2 * m.latent + m.rotary) + count * m.latent * expanded;
     }
 
     void prepare(const Batch& b, const Layer& layer) {
@@ -192,9 +247,10 @@ class Forward {
                     [&](int64_t t, int64_t p, Lanes v) { put_panel(query.data() + t * m.query_width(), m.query_width(), p, v); });
             member.each(tokens, [&](int64_t t) { prepare_query(b, layer, queries, thread, t, query.data() + t * m.query_width()); });
         }
-        lift_queries(member, b, layer, queries);
+        lift_queries(member, layer, queries);
         attend(member, b, layer, entries, queries);
-        lower_values(member, b, layer);
+        lower_values(member, layer);
+        attend_wide<T>(member, b, layer, entries);
         member.each(tokens, [&](int64_t t) { mixed.set(t, values.data() + t * m.heads * m.value, m.heads * m.value); });
         product(member, layer.output, mixed, tokens, [&](int64_t t, int64_t p, Lanes v) { add_panel(b.x + t * m.hidden, m.hidden, p, v); });
     }
@@ -222,7 +278,14 @@ class Forward {
     void prepare_query(const Batch& b, const Layer& layer, T* queries, int64_t thread, int64_t t, const float* from) {
         float* row = scratch[thread]->row.data();
         const Inputs plain = plain_query.of(layer.key_up);
-        for (int64_t h = 0; h < m.heads; ++h) {
+        for (int64_t h = 0; h < m.heads && is_wide[t]; ++h) {
+            const float* head = from + h * (m.plain + m.rotary);
+            bf16* to = wide_query.data() + (t * m.heads + h) * (m.plain + m.rotary);
+            rotate(head + m.plain, m.rotations + b.position[t] * m.rotary, m.rotary, 1.0f, row);
+            put_row(to, head, m.plain);
+            for (int64_t i = 0; i < m.rotary; ++i) to[m.plain + i] = to_bf16(row[i]);
+        }
+        for (int64_t h = 0; h < m.heads && !is_wide[t]; ++h) {
             const float* head = from + h * (m.plain + m.rotary);
             plain.set(t * m.heads + h, head, m.plain);
             rotate(head + m.plain, m.rotations + b.position[t] * m.rotary, m.rotary, m.softmax_scale, row);
@@ -231,15 +294,18 @@ class Forward {
         }
     }
 
+    int64_t num_narrow() const { return static_cast<int64_t>(narrow.size()); }
+    const int32_t* rows_of_head(int64_t h) const { return head_rows.data() + h * num_narrow(); }
+
     template <typename T>
-    void lift_queries(Member& member, const Batch& b, const Layer& layer, T* queries) {
+    void lift_queries(Member& member, const Layer& layer, T* queries) {
         const Matrix& w = layer.key_up;
         const Inputs plain = plain_query.of(w);
         const int64_t grain = std::min<int64_t>(w.panels(), 8), per_head = (w.panels() + grain - 1) / grain;
         member.each(m.heads * per_head, [&](int64_t task) {
             const int64_t h = task / per_head, first = task % per_head * grain;
-            for_panels(w, h, first, std::min(w.panels(), first + grain), plain, head_rows.data() + h * b.tokens, b.tokens,
-                       [&](int64_t t, int64_t p, Lanes v) { put(queries + (t * m.heads + h) * m.entry_width() + p * LANES, v * m.softmax_scale); });
+            for_panels(w, h, first, std::min(w.panels(), first + grain), plain, rows_of_head(h), num_narrow(),
+                       [&](int64_t i, int64_t p, Lanes v) { put(queries + (narrow[i] * m.heads + h) * m.entry_width() + p * LANES, v * m.softmax_scale); });
         });
     }
 
@@ -254,15 +320,16 @@ class Forward {
 
     template <typename T>
     void attend(Member& member, const Batch& b, const Layer& layer, const uint8_t* entries, const T* queries) {
-        const int64_t blocks = m.head_blocks(), tasks = b.tokens * blocks, width = m.entry_width(), thread = member.index();
+        const int64_t blocks = m.head_blocks(), tasks = num_narrow() * blocks, width = m.entry_width(), thread = member.index();
         const Inputs mixed = mixed_latent.of(layer.value_up);
+        auto token_of = [&](int64_t task) { return static_cast<int64_t>(narrow[task / blocks]); };
         auto heads_of = [&](int64_t task) { return std::min(LANES, m.heads - task % blocks * LANES); };
         T* panel = reinterpret_cast<T*>(scratch[thread]->panel.data());
         int64_t packed_task = -1;
         auto chunk = [&](int64_t task, int64_t start, Partial& out) {
-            if (packed_task != task) pack_queries(queries + (task / blocks * m.heads + task % blocks * LANES) * width, heads_of(task), width, panel);
+            if (packed_task != task) pack_queries(queries + (token_of(task) * m.heads + task % blocks * LANES) * width, heads_of(task), width, panel);
             packed_task = task;
-            const int64_t t = task / blocks, seen = b.position[t] + 1;
+            const int64_t t = token_of(task), seen = b.position[t] + 1;
             const int32_t* table = b.table + b.sequence[t] * b.table_width;
             ChunkScratch<T>& work = scratch[thread]->chunk(T{});
             if (b.cache_is_fp8) {
@@ -281,12 +348,12 @@ class Forward {
             float* from = total.mixed + h * m.latent;
             const float norm = 1.0f / total.sum[h];
             for (int64_t c = 0; c < m.latent; c += LANES) put(from + c, lanes(from + c) * norm);
-            mixed.set(task / blocks * m.heads + task % blocks * LANES + h, from, m.latent);
+            mixed.set(token_of(task) * m.heads + task % blocks * LANES + h, from, m.latent);
         };
         if (split) {
             member.each(tasks * max_chunks, [&](int64_t i) {
                 const int64_t task = i / max_chunks, start = i % max_chunks * CHUNK;
-                if (start > b.position[task / blocks]) return;
+                if (start > b.position[token_of(task)]) return;
                 Partial out = partial_at(i);
                 chunk(task, start, out);
                 keep_partial(i, out);
@@ -295,7 +362,7 @@ class Forward {
                 const int64_t task = i / LANES, h = i % LANES;
                 if (h >= heads_of(task)) return;
                 Partial total = partial_at(task * max_chunks);
-                for (int64_t c = 1; c * CHUNK <= b.position[task / blocks]; ++c) merge(total, partial_at(task * max_chunks + c), m.latent, h, h + 1);
+                for (int64_t c = 1; c * CHUNK <= b.position[token_of(task)]; ++c) merge(total, partial_at(task * max_chunks + c), m.latent, h, h + 1);
                 finish(task, total, h);
             });
             return;
@@ -303,7 +370,7 @@ class Forward {
         member.each(tasks, [&](int64_t task) {
             Partial total = partial_at(2 * thread), next = partial_at(2 * thread + 1);
             chunk(task, 0, total);
-            for (int64_t start = CHUNK; start <= b.position[task / blocks]; start += CHUNK) {
+            for (int64_t start = CHUNK; start <= b.position[token_of(task)]; start += CHUNK) {
                 chunk(task, start, next);
                 merge(total, next, m.latent, 0, heads_of(task));
             }
@@ -311,12 +378,56 @@ class Forward {
         });
     }
 
-    void lower_values(Member& member, const Batch& b, const Layer& layer) {
+    void lower_values(Member& member, const Layer& layer) {
         const Matrix& w = layer.value_up;
         const Inputs mixed = mixed_latent.of(w);
         member.each(m.heads, [&](int64_t h) {
-            for_panels(w, h, 0, w.panels(), mixed, head_rows.data() + h * b.tokens, b.tokens,
-                       [&](int64_t t, int64_t p, Lanes v) { put_panel(values.data() + (t * m.heads + h) * m.value, m.value, p, v); });
+            for_panels(w, h, 0, w.panels(), mixed, rows_of_head(h), num_narrow(),
+                       [&](int64_t i, int64_t p, Lanes v) { put_panel(values.data() + (narrow[i] * m.heads + h) * m.value, m.value, p, v); });
+        });
+    }
+
+    // Attention of wide runs, a head of one to a task: its keys and values from the latents, then all queries.
+    template <typename T>
+    void attend_wide(Member& member, const Batch& b, const Layer& layer, const uint8_t* entries) {
+        if (runs.empty()) return;
+        const int64_t thread = member.index(), width = m.plain + m.rotary, num_runs = static_cast<int64_t>(runs.size());
+        const Inputs context = context_latent.of(layer.value_up);
+        member.each(runs.back().base + runs.back().end, [&](int64_t place) {
+            const WideRun& run = *std::prev(std::upper_bound(runs.begin(), runs.end(), place, [](int64_t at, const WideRun& each) { return at < each.base; }));
+            const int64_t position = place - run.base, page = b.table[b.sequence[run.first] * b.table_width + position / b.page_tokens];
+            const uint8_t* from = entries + (page * b.page_tokens + position % b.page_tokens) * entry_bytes<T>(b);
+            float* row = scratch[thread]->row.data();
+            if (b.cache_is_fp8) unpack_entry(from, m.latent, m.rotary, row);
+            else
+                for (int64_t i = 0; i < m.entry_width(); ++i) row[i] = load(reinterpret_cast<const T*>(from), i);
+            context.set(place, row, m.latent);
+            for (int64_t i = 0; i < m.rotary; ++i) context_key[place * m.rotary + i] = to_bf16(row[m.latent + i]);
+        });
+        member.each(num_runs * m.heads, [&](int64_t task) {
+            const WideRun& run = runs[task / m.heads];
+            const int64_t h = task % m.heads, used = padded(run.end);
+            ThreadScratch& mine = *scratch[thread];
+            Side &key = *mine.key, &value = *mine.value;
+            auto expand = [&](const Matrix& w, Side& side) {
+                for_panels(w, h, 0, w.panels(), context, context_rows.data() + run.base, run.end,
+                           [&](int64_t t, int64_t p, Lanes v) { put_bf16(side.rows.get() + t * row_stride(side.width) + p * LANES, v); });
+                side.clear(run.end, used);
+            };
+            expand(layer.key_expand, key);
+            for (int64_t t = 0; t < run.end; ++t)
+                std::memcpy(key.rows.get() + t * row_stride(width) + m.plain, context_key.data() + (run.base + t) * m.rotary, m.rotary * sizeof(bf16));
+            key.make_panels(used);
+            expand(layer.value_up, value);
+            value.make_columns(used);
+            for (int64_t i = 0; i < run.count; i += TILE_ROWS) {
+                const int64_t at = (run.first + i) * m.heads + h, valid = std::min(TILE_ROWS, run.count - i);
+                const Window w(nullptr, run.end - run.count + i, valid);
+                scores(wide_query.data() + at * width, m.heads * width, key, w, mine.line.data(), used);
+                float norm[TILE_ROWS] = {}, top;
+                for (int64_t q = 0; q < valid; ++q) norm[q] = 1.0f / weigh(mine.line.data() + q * used, w, q, m.softmax_scale, mine.weight.data() + q * row_stride(used), &top);
+                weighted_sum(mine.weight.data(), row_stride(used), value, w, norm, valid, values.data() + at * m.value, m.heads * m.value);
+            }
         });
     }
 

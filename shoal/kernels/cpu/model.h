@@ -24,6 +24,7 @@ struct Layer {
     Matrix expert_down;
     Matrix shared_gate_up;     // the dense network in a dense layer; ABSENT without shared experts
     Matrix shared_down;
+    Matrix key_expand;         // count = heads, [plain, latent]: what key_up is the transpose of; ABSENT: prompts are not read fast
 };
 
 struct Model {
