@@ -129,7 +129,7 @@ def summarise(turns: dict[str, list[dict]]) -> dict[str, dict[str, dict[str, flo
     table: dict[str, dict[str, dict[str, float]]] = {}
     for name, lines in turns.items():
         for line in lines:
-            at = line["tokens"] if line["kind"] == "prefill" else f"{line['batch']} x {line['context']}"
+            at = line["tokens"] if "tokens" in line else f"{line['batch']} x {line['context']}"
             point = table.setdefault(name, {}).setdefault(f"{line['kind']} {at}", {})
             point.setdefault("all", []).append(line)  # type: ignore[attr-defined]
     for points in table.values():

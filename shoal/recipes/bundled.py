@@ -34,6 +34,8 @@ from shoal.training.schedule import Schedule
 
 TOKENIZER_DOCUMENTS = 8000
 HELD_OUT_DOCUMENTS = 400
+WEAK = 0.75
+"""pass@1 below which the card warns of a family."""
 
 SHARES = (
     Share(family="chain_sum", difficulties=(2, 3, 4, 5, 6, 7), weight=3),
@@ -216,6 +218,7 @@ class _Bundled:
             "commit": current_commit(),
             "version": __version__,
             "held_out": families,
+            "weak_at": [family for family, each in families.items() if each["pass@1"] < WEAK],
         }
 
 
