@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.engine.disk_cache import DiskCache
 from shoal.engine.prefix_cache import UNIT_TOKENS, PrefixCache, unit_key
 from shoal.engine.scheduler import Found, Sequence
+from shoal.quant.latent import entries_are_finite
 
 LOAD_BYTES = 64 << 20
 """Read from disk per step at most, so that a long cached prompt does not hold up its neighbours."""
@@ -21,11 +22,12 @@ class ContextCache:
     """The units of one pool.
 
     Args:
-        pool_LPTW: `[layers, pages, 64, latent + rotary]`.
+        pool_LPTW: `[layers, pages, 64, latent + rotary]`, or of bytes (`quant/latent.py`).
+        latent: width of a latent.
     """
 
-    def __init__(self, prefix: PrefixCache, pool_LPTW: Tensor) -> None:
-        self.prefix, self.pages, self.pool_LPTW = prefix, prefix.pool, pool_LPTW
+    def __init__(self, prefix: PrefixCache, pool_LPTW: Tensor, latent: int) -> None:
+        self.prefix, self.pages, self.pool_LPTW, self.latent = prefix, prefix.pool, pool_LPTW, latent
         self.disk: DiskCache | None = None
         self.spoilt = 0
         """Units not offered because they held numbers that are not finite."""
@@ -62,7 +64,7 @@ class ContextCache:
         known = keys_up_to(sequence, full)
         for index in range(sequence.cached_units, full):
             page = sequence.pages[index]
-            if not bool(self.pool_LPTW[:, page].isfinite().all()):
+            if not self._is_finite(page):
                 self.spoilt += 1
                 break
             self.prefix.insert([known[index]], [page], parent=known[index - 1] if index else None)
@@ -83,6 +85,12 @@ class ContextCache:
         self.pool_LPTW[:, page] = self._unit
         self.prefix.insert([key], [page], parent=parent)
         return page
+
+    def _is_finite(self, page: int) -> bool:
+        entries_LTW = self.pool_LPTW[:, page]
+        if entries_LTW.dtype == torch.uint8:
+            return entries_are_finite(entries_LTW, self.latent)
+        return bool(entries_LTW.isfinite().all())
 
     def _copy(self, page: int) -> bytes:
         return self.pool_LPTW[:, page].contiguous().view(torch.uint8).numpy().tobytes()

@@ -101,7 +101,7 @@ class ServingEngine:
         self._ahead_1PTW = pool_LPTW[shape.num_hidden_layers :]
         self.pool = PagePool(pool_LPTW.shape[1])
         self.prefix = PrefixCache(self.pool)
-        self.cache = ContextCache(self.prefix, pool_LPTW)
+        self.cache = ContextCache(self.prefix, pool_LPTW, shape.kv_lora_rank)
         self.identity = identity or CacheIdentity.unique()
         self.scheduler = Scheduler(
             self.pool,

@@ -22,6 +22,14 @@ def pack_entries(entry_W: Tensor, latent: int) -> Tensor:
     return torch.cat([code.view(torch.uint8), scale.contiguous().view(torch.uint8), rotary.view(torch.uint8)], dim=-1)
 
 
+def entries_are_finite(packed: Tensor, latent: int) -> bool:
+    """Whether packed entries stand for numbers: no code of NaN, every scale and rotary number finite."""
+    num_scales = 4 * -(-latent // BLOCK)
+    code, scale, rotary = packed.split([latent, num_scales, packed.shape[-1] - latent - num_scales], dim=-1)
+    scale, rotary = scale.contiguous().view(torch.float32), rotary.contiguous().view(torch.bfloat16)
+    return bool((code & 0x7F != 0x7F).all() and scale.isfinite().all() and rotary.isfinite().all())
+
+
 def unpack_entries(packed: Tensor, latent: int) -> Tensor:
     """The float32 numbers that packed entries stand for."""
     num_scales = 4 * -(-latent // BLOCK)

@@ -37,7 +37,7 @@ class Serving(RuleBasedStateMachine):
         self.pool = PagePool(PAGES)
         self.cache = PrefixCache(self.pool)
         self.latents = torch.zeros(1, PAGES, UNIT_TOKENS, 1, dtype=torch.int64)
-        self.context = ContextCache(self.cache, self.latents)
+        self.context = ContextCache(self.cache, self.latents, 1)
         self.scheduler = Scheduler(
             self.pool, self.cache, max_running=4, step_tokens=STEP_TOKENS, lookup=self.context.look_up
         )

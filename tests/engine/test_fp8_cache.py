@@ -83,3 +83,16 @@ def test_serving_gives_the_simple_engines_tokens_also_from_prefixes_in_memory_an
         tokens, found = generate(engine, requests)
         assert tokens == expected and (sum(found) > 0) == again
         engine.disk.close()
+
+
+@torch.no_grad()
+def test_a_unit_of_numbers_that_are_not_finite_is_offered_to_nobody():
+    model = model_of({})
+    state = dict(model.state_dict())
+    state["embed_tokens.weight"] = state["embed_tokens.weight"].clone()
+    state["embed_tokens.weight"][91] = float("nan")
+    engine = serving(PackedModel(model.config, state.__getitem__, "f32"), fp8_cache=True)
+    spoilt = Request(prompt_ids=(*range(70), 91, *range(70)), sampling=SamplingParams(max_tokens=2))
+    generate(engine, [spoilt])
+    assert engine.stats.spoilt_units == 1
+    assert generate(engine, [spoilt])[1] == [64]
