@@ -55,14 +55,22 @@ inline Lanes power_of_two(Lanes x, float shift) {
 #endif
 }
 
+inline Lanes draw_weights(Lanes score, Drawing drawing) { return power_of_two(score * drawing.scale, drawing.shift); }
+
+// The first `count` of sixteen scores; the others weigh nothing.
+inline Lanes first_scores(Lanes score, int64_t count) {
+    for (int64_t i = std::max<int64_t>(count, 0); i < LANES; ++i) score[i] = -INFINITY;
+    return score;
+}
+
 // Weights of one block, of which `weight` must hold whole vectors; their sum.
 inline float draw_weights(const float* score, int64_t width, Drawing drawing, float* weight) {
     Lanes sums = {};
     for (int64_t v = 0; v < width; v += LANES) {
-        Lanes here = Lanes{} - INFINITY;
+        Lanes here = {};
         if (v + LANES <= width) here = lanes(score + v);
-        else std::memcpy(&here, score + v, (width - v) * sizeof(float));
-        const Lanes weights = power_of_two(here * drawing.scale, drawing.shift);
+        else std::memcpy(&here, score + v, (width - v) * sizeof(float)), here = first_scores(here, width - v);
+        const Lanes weights = draw_weights(here, drawing);
         put(weight + v, weights);
         sums += weights;
     }

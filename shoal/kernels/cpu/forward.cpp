@@ -520,14 +520,20 @@ class Forward {
 
     int64_t draw_blocks() const { return (m.head.rows + DRAW_BLOCK - 1) / DRAW_BLOCK; }
 
-    // Scores of a block of the vocabulary for outputs `rows`, one line of DRAW_BLOCK each.
-    void block_scores(int64_t block, const int32_t* rows, int64_t count, float* scores) {
+    // `use(place in rows, token of the first, sixteen scores)` for a block of the vocabulary and outputs `rows`, in order for each.
+    template <typename Use>
+    void for_block(int64_t block, const int32_t* rows, int64_t count, Use&& use) {
         const int64_t first = block * DRAW_BLOCK / LANES, last = std::min(m.head.panels(), first + DRAW_BLOCK / LANES);
-        for_panels(m.head, 0, first, last, head_input.of(m.head), rows, count, [&](int64_t i, int64_t p, Lanes v) { put(scores + i * DRAW_BLOCK + (p - first) * LANES, v); });
+        for_panels(m.head, 0, first, last, head_input.of(m.head), rows, count, [&](int64_t i, int64_t p, Lanes v) { use(i, p * LANES, v); });
     }
 
-    // A token for each output, whose line of scores never leaves the cache of a core: what is kept of a block is the sum of its
-    // weights, and the block that a token falls into is made again.
+    // Its scores, a line of DRAW_BLOCK for each output.
+    void block_scores(int64_t block, const int32_t* rows, int64_t count, float* scores) {
+        for_block(block, rows, count, [&](int64_t i, int64_t column, Lanes v) { put(scores + i * DRAW_BLOCK + column % DRAW_BLOCK, v); });
+    }
+
+    // A token for each output, whose scores never leave registers: what is kept of a block is the sum of its weights, and the
+    // block that a token falls into is made again.
     void draw(Member& member, const Batch& b) {
         const int64_t blocks = draw_blocks(), width = m.head.rows;
         float* scores = scratch[member.index()]->scores.data();
@@ -540,9 +546,13 @@ class Forward {
             }
         });
         member.each(blocks, [&](int64_t block) {
-            const int64_t count = std::min(DRAW_BLOCK, width - block * DRAW_BLOCK);
-            block_scores(block, all_rows.data(), b.outputs, scores);
-            for (int64_t i = 0; i < b.outputs; ++i) weight_sums[i * blocks + block] = draw_weights(scores + i * DRAW_BLOCK, count, drawings[i], weight);
+            float* sums = scores;  // sixteen of each output
+            std::fill(sums, sums + b.outputs * LANES, 0.0f);
+            for_block(block, all_rows.data(), b.outputs, [&](int64_t i, int64_t column, Lanes v) {
+                if (column + LANES > width) v = first_scores(v, width - column);
+                put(sums + i * LANES, lanes(sums + i * LANES) + draw_weights(v, drawings[i]));
+            });
+            for (int64_t i = 0; i < b.outputs; ++i) weight_sums[i * blocks + block] = sum_of(lanes(sums + i * LANES));
         });
         member.each(b.outputs, [&](int64_t i) {
             const float* sums = weight_sums.data() + i * blocks;
