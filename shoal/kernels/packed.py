@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
+from shoal.kernels.cpu.calling import call
 
 LANES = 16
 BUNDLE = 4
@@ -23,8 +24,6 @@ FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3, "fp8": 4}
 ABSENT = -1
 INT8_GROUP = 64
 """Columns of an input that share a scale when weights are int8."""
-CACHED_WORDS = 1 << 16
-"""Words whose nibbles are moved together: with their temporaries they fit into a core's cache."""
 _ZERO_CODES = 0x88888888 - (1 << 32)
 """Eight int4 codes of zero, as a signed word."""
 
@@ -236,18 +235,27 @@ def _lines(code: Tensor, per_lane: int, empty: Empty) -> Tensor:
 def _lay_out_words(word: Tensor, cols: int, empty: Empty) -> Tensor:
     """Words of eight codes side by side, as panels of bytes that hold codes four columns apart.
 
-    A perfect shuffle of the nibbles of every word, in two exchanges: of its middle bytes, then of the middle nibbles of
-    its halves. The codes are never spread out to bytes, which would be eight times the memory and most of a model's
-    loading time.
+    The codes are never spread out to bytes, which would be eight times the memory and most of a model's loading time.
     """
+    if library() is None:
+        return words_by_torch(word, cols, empty)
+    word = word.contiguous()
+    count, rows, width = word.shape
+    panels, lines = -(-rows // LANES), cols // 8
+    laid = empty((count, panels, lines * LANES), torch.int32)
+    call("lay_out_words", word, count, rows, width, lines, laid)
+    return laid.view(torch.uint8)
+
+
+def words_by_torch(word: Tensor, cols: int, empty: Empty = _ordinary) -> Tensor:
+    """The definition of `lay_out.cpp`: a perfect shuffle of the nibbles of every word, in two exchanges: of its middle bytes,
+    then of the middle nibbles of its halves."""
     missing = (0, cols // 8 - word.shape[-1], 0, -word.shape[1] % LANES)
-    if any(missing):
-        word = torch.nn.functional.pad(word, missing, value=_ZERO_CODES)
+    word = torch.nn.functional.pad(word, missing, value=_ZERO_CODES)
     laid = _interleaved(word.unflatten(1, (-1, LANES)).transpose(2, 3), empty)
-    for part in laid.view(-1).split(CACHED_WORDS):
-        for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)):
-            exchanged = (part ^ (part >> shift)).bitwise_and_(moved)
-            part.bitwise_xor_(exchanged).bitwise_xor_(exchanged.bitwise_left_shift_(shift))
+    for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)):
+        exchanged = (laid ^ (laid >> shift)).bitwise_and_(moved)
+        laid.bitwise_xor_(exchanged).bitwise_xor_(exchanged.bitwise_left_shift_(shift))
     return laid.view(torch.uint8)
 
 

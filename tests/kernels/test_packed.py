@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shoal.device import describe_machine
 from shoal.kernels import packed as packed_module
 from shoal.kernels.cpu.build import NEEDED, build, library
-from shoal.kernels.packed import Codes, Packed, linear, pack, panel_scales, random_packed
+from shoal.kernels.packed import Codes, Packed, linear, pack, panel_scales, random_packed, words_by_torch
 from shoal.quant import fp8, int4, int8
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler: the PyTorch path does this work")
@@ -139,3 +139,13 @@ def test_every_code_of_a_word_finds_its_place_in_a_panel(rows, cols, group):
     for row, column in itertools.product(range(min(rows, 64)), range(0, cols, 3)):
         byte = int(bundle[column // 8, row // 16, row % 16, column % 4])
         assert (byte >> 4 if column % 8 > 3 else byte & 15) == int(code[0, row, column]) + 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 40), st.integers(0, 9), st.integers(0, 2**31))
+def test_words_are_laid_out_as_by_the_definition(count, rows, width, more, seed):
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31, (count, rows, width), dtype=torch.int32, generator=generator)
+    cols = 8 * (width + more)
+    laid = packed_module._lay_out_words(words, cols, packed_module._ordinary)
+    assert torch.equal(laid, words_by_torch(words, cols))

@@ -38,6 +38,7 @@ SOURCES = (
     "heads.cpp",
     "forward.cpp",
     "packed_linear.cpp",
+    "lay_out.cpp",
     "sampling.cpp",
 )
 HEADERS = (
