@@ -6,7 +6,6 @@ a quantised model nor the whole of any model is ever in memory beside the packed
 
 import hashlib
 import json
-import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +45,6 @@ class StoredWeights:
         if len(entry.parts) == 1:
             return first
         return self._assemble(entry, first)
-
-    def large_names(self, numbers: int) -> list[str]:
-        """Parameters of so many numbers at least, in the order of the model."""
-        return [name for name, entry in self._entries.items() if math.prod(entry.shape) >= numbers]
 
     @cached_property
     def digest(self) -> str:

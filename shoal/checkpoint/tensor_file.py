@@ -82,15 +82,16 @@ class TensorFile:
         self._file.close()
 
     def tensor(self, key: str) -> Tensor:
-        """A copy of one tensor; the file's pages do not stay in this process's memory. Threads may read side by side."""
+        """A copy of one tensor; the file's pages do not stay in this process's memory."""
         spec, start = self.specs[key], self._start + self._offset[key]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.num_bytes == 0:
             return tensor
         view = tensor.view(-1).view(torch.uint8).numpy().data
+        self._file.seek(start)
         done = 0
         while done < spec.num_bytes:
-            count = os.preadv(self._file.fileno(), [view[done:]], start + done)
+            count = self._file.readinto(view[done:])
             if not count:
                 raise CheckpointError(f"{self.path} ends inside {key}; copy it again.")
             done += count

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from shoal.checkpoint.read_ahead import ReadAhead
 from shoal.checkpoint.stored_weights import StoredWeights
 from shoal.config import ModelConfig
 from shoal.engine.disk_cache import DiskCache
@@ -152,17 +151,16 @@ def pack_stored(
         format_name: "auto" keeps a quantised directory's own formats, of the head too; plain floats become bf16.
     """
     own = format_name in ("auto", weights.format) and weights.format is not None
-    with ReadAhead(weights) as source:
-        return PackedModel(
-            weights.config,
-            source,
-            str(weights.format) if own else "bf16" if format_name == "auto" else format_name,
-            group=weights.group if own else None,
-            head_format=weights.head_format if own else None,
-            latent_format=_latent_format(weights.config, str(weights.format)) if own else None,
-            max_positions=max_positions,
-            fast_prefill=fast_prefill,
-        )
+    return PackedModel(
+        weights.config,
+        weights,
+        str(weights.format) if own else "bf16" if format_name == "auto" else format_name,
+        group=weights.group if own else None,
+        head_format=weights.head_format if own else None,
+        latent_format=_latent_format(weights.config, str(weights.format)) if own else None,
+        max_positions=max_positions,
+        fast_prefill=fast_prefill,
+    )
 
 
 def _latent_format(config: ModelConfig, stored: str) -> str:
