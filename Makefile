@@ -54,7 +54,7 @@ bench: setup
 # since a finding ends the process.
 sanitize: setup
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  SHOAL_KERNELS=sanitize $(BIN)/python -m pytest -q -s tests/kernels tests/engine/test_runner.py
+	  SHOAL_KERNELS=sanitize $(BIN)/python -m pytest -q -s tests/kernels tests/engine/test_runner.py tests/engine/test_fp8_cache.py tests/engine/test_fast_prefill.py
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py
