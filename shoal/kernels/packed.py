@@ -26,6 +26,8 @@ INT8_GROUP = 64
 """Columns of an input that share a scale when weights are int8."""
 _ZERO_CODES = 0x88888888 - (1 << 32)
 """Eight int4 codes of zero, as a signed word."""
+_SIGNS = 0x80808080 - (1 << 32)
+"""The signs of four bytes."""
 
 
 class MatrixStruct(ctypes.Structure):
@@ -212,51 +214,49 @@ def padded_columns(format_name: str, group: int, cols: int) -> int:
 def _lay_out(codes: Codes, empty: Empty) -> Tensor:
     """Panels of bytes `[count, panels, bytes of one]`, interleaved."""
     width = padded_columns(codes.format, codes.group, codes.cols)
-    if codes.format == "int4":
-        return _lay_out_words(codes.code, width, empty)
-    code = codes.code.view(torch.uint8) if codes.format == "fp8" else codes.code
-    code = torch.nn.functional.pad(code, (0, width - codes.cols, 0, -code.shape[1] % LANES))
     if codes.format == "fp8":
+        code = codes.code.view(torch.uint8)
+        code = torch.nn.functional.pad(code, (0, width - codes.cols, 0, -code.shape[1] % LANES))
         halves = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, 2, 2))
         return _interleaved(halves.permute(0, 1, 3, 4, 2, 5), empty)
-    if codes.format == "f32":
-        return _lines(code.float(), 1, empty)
-    if codes.format == "bf16":
-        return _lines(code.to(torch.bfloat16), 2, empty)
-    return _lines(code.view(torch.uint8) ^ 0x80, 4, empty)
+    if codes.format == "int4":
+        return _words(codes.code, width // 8, empty, filler=_ZERO_CODES, nibbles=True)
+    code = codes.code.to({"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[codes.format])
+    per_word = 4 // code.itemsize
+    if codes.cols % per_word:
+        code = torch.nn.functional.pad(code, (0, -codes.cols % per_word))
+    flip = _SIGNS if codes.format == "int8" else 0
+    return _words(code.contiguous().view(torch.int32), width // per_word, empty, flip=flip)
 
 
-def _lines(code: Tensor, per_lane: int, empty: Empty) -> Tensor:
-    """Panels whose line holds `per_lane` columns of each of 16 rows."""
-    panel = code.unflatten(1, (-1, LANES)).unflatten(-1, (-1, per_lane)).transpose(2, 3)
-    return _interleaved(panel, empty).view(torch.uint8)
+def _words(word: Tensor, lines: int, empty: Empty, *, filler: int = 0, flip: int = 0, nibbles: bool = False) -> Tensor:
+    """Words of 32 bits `[count, rows, words of a row]` as panels of `lines` words a row.
 
-
-def _lay_out_words(word: Tensor, cols: int, empty: Empty) -> Tensor:
-    """Words of eight codes side by side, as panels of bytes that hold codes four columns apart.
-
-    The codes are never spread out to bytes, which would be eight times the memory and most of a model's loading time.
+    int4 words hold eight codes side by side, and become words whose bytes hold codes four columns apart. Nothing is ever
+    spread out to bytes, which would be most of a large model's loading time.
     """
     if library() is None:
-        return words_by_torch(word, cols, empty)
+        return words_by_torch(word, lines, empty, filler=filler, flip=flip, nibbles=nibbles)
     word = word.contiguous()
     count, rows, width = word.shape
-    panels, lines = -(-rows // LANES), cols // 8
-    laid = empty((count, panels, lines * LANES), torch.int32)
-    call("lay_out_words", word, count, rows, width, lines, laid)
+    laid = empty((count, -(-rows // LANES), lines * LANES), torch.int32)
+    options = map(ctypes.c_int32, (filler, flip, nibbles))
+    call("lay_out_words", word, count, rows, width, lines, *options, laid)
     return laid.view(torch.uint8)
 
 
-def words_by_torch(word: Tensor, cols: int, empty: Empty = _ordinary) -> Tensor:
-    """The definition of `lay_out.cpp`: a perfect shuffle of the nibbles of every word, in two exchanges: of its middle bytes,
-    then of the middle nibbles of its halves."""
-    missing = (0, cols // 8 - word.shape[-1], 0, -word.shape[1] % LANES)
-    word = torch.nn.functional.pad(word, missing, value=_ZERO_CODES)
+def words_by_torch(
+    word: Tensor, lines: int, empty: Empty = _ordinary, *, filler: int = 0, flip: int = 0, nibbles: bool = False
+) -> Tensor:
+    """The definition of `lay_out.cpp`. int4: a perfect shuffle of the nibbles of every word, in two exchanges: of its middle
+    bytes, then of the middle nibbles of its halves."""
+    missing = (0, lines - word.shape[-1], 0, -word.shape[1] % LANES)
+    word = torch.nn.functional.pad(word, missing, value=filler)
     laid = _interleaved(word.unflatten(1, (-1, LANES)).transpose(2, 3), empty)
-    for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)):
+    for shift, moved in ((8, 0x0000FF00), (4, 0x00F000F0)) if nibbles else ():
         exchanged = (laid ^ (laid >> shift)).bitwise_and_(moved)
         laid.bitwise_xor_(exchanged).bitwise_xor_(exchanged.bitwise_left_shift_(shift))
-    return laid.view(torch.uint8)
+    return laid.bitwise_xor_(torch.tensor(flip, dtype=torch.int32)).view(torch.uint8)
 
 
 def _interleaved(panel: Tensor, empty: Empty) -> Tensor:

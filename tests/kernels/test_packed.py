@@ -141,11 +141,19 @@ def test_every_code_of_a_word_finds_its_place_in_a_panel(rows, cols, group):
         assert (byte >> 4 if column % 8 > 3 else byte & 15) == int(code[0, row, column]) + 8
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 150), st.integers(1, 40), st.integers(0, 9), st.integers(0, 2**31))
-def test_words_are_laid_out_as_by_the_definition(count, rows, width, more, seed):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 150),
+    st.integers(1, 40),
+    st.integers(0, 9),
+    st.booleans(),
+    st.sampled_from([0, -0x7F7F7F80]),
+    st.integers(0, 2**31),
+)
+def test_words_are_laid_out_as_by_the_definition(count, rows, width, more, nibbles, flip, seed):
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(-(2**31), 2**31, (count, rows, width), dtype=torch.int32, generator=generator)
-    cols = 8 * (width + more)
-    laid = packed_module._lay_out_words(words, cols, packed_module._ordinary)
-    assert torch.equal(laid, words_by_torch(words, cols))
+    options = {"filler": int(words[0, 0, 0]), "flip": flip, "nibbles": nibbles}
+    laid = packed_module._words(words, width + more, packed_module._ordinary, **options)
+    assert torch.equal(laid, words_by_torch(words, width + more, **options))
