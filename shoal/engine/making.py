@@ -66,8 +66,8 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
     """Choose and build.
 
     Raises:
-        ConfigError: a quantised format, or speculation, for a model that only the simple engine can run; speculation
-            for a model without a prediction module.
+        ConfigError: a quantised format, speculation, FP8 latents or fast prefill for a model that only the simple engine can
+            run; speculation for a model without a prediction module; fast prefill in float32 or with odd widths.
     """
     model_config = loaded.config
     if not fits(model_config):
@@ -78,6 +78,10 @@ def make_engine(loaded: LoadedModel, options: EngineOptions) -> MadeEngine:
         if options.speculative:
             raise ConfigError(
                 "speculative decoding needs the packed CPU pass, which does not fit this model; leave it out."
+            )
+        if options.fp8_cache or options.fast_prefill:
+            raise ConfigError(
+                "--fp8-cache and --fast-prefill need the packed CPU pass, which does not fit this model; leave them out."
             )
         say(
             "the packed CPU pass does not fit this model or machine (see shoal doctor): simple engine, no context cache"

@@ -162,7 +162,7 @@ class PackedModel:
         head_format: of the output head; default `format_name`.
         latent_format: of the absorbed key and value up-projections; default `format_name`.
         fast_prefill: read long pieces of prompts with keys and values expanded from the latents, which takes a third of the
-            arithmetic of attention. The last bits of an answer then depend on how its prompt was cut. Not for f32.
+            arithmetic of attention. The last bits of an answer then depend on how its prompt was cut. Tiles (AMX) make it needless, and it is not done.
     """
 
     def __init__(
@@ -183,8 +183,12 @@ class PackedModel:
             )
         self.config, self.format, self.group = config, format_name, group
         self._latent_format = latent_format or format_name
-        whole = not any(size % LANES for size in (config.qk_nope_head_dim, config.v_head_dim))
-        self.fast_prefill = fast_prefill and whole and format_name != "f32"
+        self.fast_prefill = fast_prefill
+        if fast_prefill and (format_name == "f32" or config.qk_nope_head_dim % LANES or config.v_head_dim % LANES):
+            raise ConfigError(
+                "fast prefill multiplies in bfloat16 and needs qk_nope_head_dim and v_head_dim in multiples of 16; "
+                f"here are {format_name}, {config.qk_nope_head_dim} and {config.v_head_dim}. Leave --fast-prefill out."
+            )
         self._kept: list[Any] = []
         """Everything the C structures point to."""
         self._memory = WeightMemory()

@@ -72,8 +72,12 @@ def told(document: Document) -> tuple[str, str]:
 
 def respond(task: Task, problem: Problem, *, worked: bool) -> str:
     """A right response in the required format."""
-    thinking = task.worked(problem) if worked else ""
-    return f"<think>{thinking}</think><answer>{problem.answer}</answer>"
+    return in_format(task.worked(problem) if worked else "", problem.answer)
+
+
+def in_format(thinking: str, answer: str) -> str:
+    """A response as the format reward wants it."""
+    return f"<think>{thinking}</think><answer>{answer}</answer>"
 
 
 def arithmetic_lines(rng: random.Random) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from shoal.errors import ConfigError
 from shoal.recipes.fine_steps import fine_steps
 from shoal.recipes.phrasings import rephrase
-from shoal.recipes.problem_corpus import Document, arithmetic_lines, told
+from shoal.recipes.problem_corpus import Document, arithmetic_lines, in_format, told
 from shoal.recipes.small_talk import small_talk
 from shoal.rl.tasks import TASKS, Problem
 from shoal.rl.tasks.splits import split_of
@@ -82,7 +82,7 @@ def _problem(share: Share, config: MixtureConfig, rng: random.Random) -> Documen
         if split_of(task.key(problem)) == "pretrain":
             break
     work, answer = fine_steps(task, problem) if rng.random() < config.worked_share else ("", problem.answer)
-    return Document(question=rephrase(problem, rng), response=f"<think>{work}</think><answer>{answer}</answer>")
+    return Document(question=rephrase(problem, rng), response=in_format(work, answer))
 
 
 def _shortened(problem: Problem, rng: random.Random) -> Problem:

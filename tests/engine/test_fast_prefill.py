@@ -1,9 +1,14 @@
 """Prompts read with expanded keys and values, against the absorbed form and against themselves in other batches."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from shoal.engine.making import EngineOptions, make_engine
 from shoal.engine.packed_model import PackedModel
+from shoal.errors import ConfigError
 from shoal.kernels.cpu.build import library
 from shoal.quant.latent import entry_bytes
 from tests.engine.test_runner import model_of
@@ -84,4 +89,16 @@ def test_few_tokens_after_a_long_context_stay_absorbed():
     cache = pool(model)
     read(fast, cache, [(4, 0, 190)])
     assert torch.equal(read(fast, cache.clone(), [(4, 190, 200)]), read(exact, cache.clone(), [(4, 190, 200)]))
-    assert packed_of(model, "f32").fast_prefill is False
+
+
+@pytest.mark.parametrize("format_name, changes", [("f32", SHAPES["plain"]), ("bf16", {"qk_nope_head_dim": 10})])
+def test_what_cannot_be_read_fast_is_refused_and_not_read_slowly(format_name, changes):
+    with pytest.raises(ConfigError, match="Leave --fast-prefill out"):
+        packed_of(model_of(changes), format_name)
+
+
+@pytest.mark.parametrize("option", ["fp8_cache", "fast_prefill"])
+def test_options_of_the_packed_pass_are_refused_where_only_the_simple_engine_runs(option):
+    config = dataclasses.replace(model_of({}).config, attention="gqa", num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="need the packed CPU pass"):
+        make_engine(SimpleNamespace(config=config), EngineOptions(**{option: True}))

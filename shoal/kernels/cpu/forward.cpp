@@ -136,8 +136,8 @@ class Forward {
             grow(weight_sums, b.outputs * draw_blocks());
             if (static_cast<int64_t>(drawings.size()) < b.outputs) drawings.resize(b.outputs);
             for (auto& mine : scratch) grow(mine->scores, b.outputs * DRAW_BLOCK);
-            drew = true;
         }
+        drew = true;
         for (int64_t i = 0; i < m.num_layers; ++i) prepare(b, m.layers[i]);
     }
 
@@ -537,7 +537,6 @@ class Forward {
     void draw(Member& member, const Batch& b) {
         const int64_t blocks = draw_blocks(), width = m.head.rows;
         float* scores = scratch[member.index()]->scores.data();
-        alignas(64) float weight[DRAW_BLOCK];
         member.each(1, [&](int64_t) {
             block_scores(0, all_rows.data(), b.outputs, scores);
             for (int64_t i = 0; i < b.outputs; ++i) {
